@@ -1,0 +1,1 @@
+"""Kehu service lead-intake."""

@@ -1,0 +1,1 @@
+"""Kehu: the backbone of an event-sourced customer suite."""
