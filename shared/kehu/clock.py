@@ -89,5 +89,5 @@ class DevelopmentClock:
         handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=".clock-")
         with os.fdopen(handle, "w") as file:
             json.dump({"offset_seconds": offset.total_seconds()}, file)
-        os.replace(temporary, self.path)  # readers see the old offset or the new one, never half a file
+        Path(temporary).replace(self.path)  # readers see the old offset or the new one, never half a file
         self._read_at = -1.0

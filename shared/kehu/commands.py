@@ -267,6 +267,7 @@ class CommandHandler:
         return [self.handle([request])[0] for request in requests]
 
     def _attempt(self, requests: Sequence[Request[Any]], progress: Progress | None) -> list[Outcome]:
+        epoch = self.store.epoch  # read before a connection is held: nobody may wait for a second one while holding one
         with self.store.pool.connection() as connection:
             outcomes = self._already_done(connection, requests)
             todo = [i for i in range(len(requests)) if outcomes[i] is None]
@@ -281,7 +282,7 @@ class CommandHandler:
                 if earlier != i:
                     continue  # the same command twice in one batch: answered below
                 try:
-                    decided.append((i, plan, self._decide(request, plan, streams, recorded_at)))
+                    decided.append((i, plan, self._decide(request, plan, streams, recorded_at, epoch)))
                 except Refused as refusal:
                     outcomes[i] = Failed(refusal)
                 except _VersionLost as lost:
@@ -337,7 +338,7 @@ class CommandHandler:
         return {s: _Stream(part, part.version, part.partition_key, part.customer_id) for s, part in slices.items()}
 
     def _decide(
-        self, request: Request[Any], plan: Plan, streams: dict[str, _Stream], recorded_at: datetime
+        self, request: Request[Any], plan: Plan, streams: dict[str, _Stream], recorded_at: datetime, epoch: str
     ) -> list[Pending]:
         decisions: list[tuple[_Stream, Step, Sequence[Event]]] = []
         for number, step in enumerate(plan.steps):
@@ -359,7 +360,7 @@ class CommandHandler:
                     producer=self.store.producer,
                     stream=step.stream,
                     version=stream.version,
-                    time=request.at or recorded_at,
+                    time=event.happened or request.at or recorded_at,
                     recorded=recorded_at,
                     partition_key=stream.partition_key,
                     customer_id=stream.customer_id,
@@ -367,7 +368,7 @@ class CommandHandler:
                     causation_id=request.context.causation_id,
                     actor=request.context.actor,
                     traceparent=request.context.traceparent,
-                    store_epoch=self.store.epoch,
+                    store_epoch=epoch,
                 )
                 pending.append(Pending(envelope, event))
         return pending
@@ -383,7 +384,10 @@ class CommandHandler:
         if not decided and progress is None:
             return
         sealed = self._sealed(decided)
-        ids, fingerprints, results, rows = [], [], [], []
+        ids: list[UUID] = []
+        fingerprints: list[bytes | None] = []
+        results: list[str] = []
+        rows: list[Row] = []
         for i, plan, new in decided:
             versions = {p.envelope.stream: p.envelope.version for p in new}
             result = plan.result(new) if callable(plan.result) else plan.result
@@ -425,7 +429,9 @@ class CommandHandler:
         wanted: set[str] = set()
         for _, plan, new in decided:
             made.update(plan.keys)
-            wanted.update(p.envelope.customer_id for p in new if p.envelope.customer_id is not None and needs_key(p.event))
+            wanted.update(
+                p.envelope.customer_id for p in new if p.envelope.customer_id is not None and needs_key(p.event)
+            )
         missing = wanted - made.keys()
         keys = {**self.keyring.keys(missing), **made} if missing else made
         sealed: list[Pending] = []

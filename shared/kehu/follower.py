@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import AsyncIterator
@@ -77,10 +78,8 @@ class Listener:
 
     async def wait(self) -> None:
         """Return at a ring or after the poll interval."""
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._rung.wait(), self._poll)
-        except TimeoutError:
-            pass
         self._rung.clear()
 
     async def rings(self) -> AsyncIterator[None]:

@@ -62,7 +62,8 @@ def seal(event: Event, event_id: UUID, customer_id: str, key: bytes) -> Event:
 def needs_key(event: Event) -> bool:
     """Whether the event holds personal data that is not sealed yet."""
     return any(
-        isinstance(value := getattr(event, field), Personal) and value.state is PersonalState.PLAIN for field in event.PERSONAL
+        isinstance(value := getattr(event, field), Personal) and value.state is PersonalState.PLAIN
+        for field in event.PERSONAL
     )
 
 
@@ -83,7 +84,9 @@ def opened(recorded: Recorded, key: bytes | None) -> Event:
             continue
         token = base64.b64decode(value.token)
         try:
-            content = AESGCM(key).decrypt(token[:_NONCE], token[_NONCE:], _aad(recorded.customer_id or "", recorded.id, field))
+            content = AESGCM(key).decrypt(
+                token[:_NONCE], token[_NONCE:], _aad(recorded.customer_id or "", recorded.id, field)
+            )
         except InvalidTag as error:
             raise TamperedToken(f"{recorded!r}: field {field}") from error
         values[field] = Personal(adapter.validate_json(content))
@@ -151,6 +154,7 @@ class PostgresKeyring:
     """The key table of lead-intake: `customer_keys(customer_id text, wrapped bytea null, destroyed_at)`.
 
     Args:
+        pool: its own, small one: it is asked while the caller holds a connection of the command handler's pool.
         master_key: 32 bytes that wrap every key; from the platform's secret store, never from the database.
     """
 
@@ -185,7 +189,7 @@ class PostgresKeyring:
                 rows = connection.execute(
                     "SELECT customer_id, wrapped FROM customer_keys WHERE customer_id = ANY(%s)", (missing,)
                 ).fetchall()
-            found: dict[str, bytes | None] = {customer: None for customer in missing}
+            found: dict[str, bytes | None] = dict.fromkeys(missing)
             for customer, wrapped in rows:
                 if wrapped is not None:
                     found[customer] = self._wrapper.decrypt(wrapped[:_NONCE], wrapped[_NONCE:], customer.encode())

@@ -63,7 +63,9 @@ class Projector:
     def position(self, connection: Connection) -> Cursor:
         """The stored cursor; made at zero when there is none."""
         connection.execute("INSERT INTO cursors (name) VALUES (%s) ON CONFLICT DO NOTHING", (self.name,))
-        row = connection.execute("SELECT txid::text::bigint, position FROM cursors WHERE name = %s", (self.name,)).fetchone()
+        row = connection.execute(
+            "SELECT txid::text::bigint, position FROM cursors WHERE name = %s", (self.name,)
+        ).fetchone()
         assert row is not None
         return Cursor(*row)
 

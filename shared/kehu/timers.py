@@ -80,7 +80,12 @@ class TimerRunner:
     MOST_ATTEMPTS = 20
 
     def __init__(
-        self, handler: CommandHandler, clock: Clock, service: str, fire: Mapping[str, Callable[[Timer], Any]], batch: int = 200
+        self,
+        handler: CommandHandler,
+        clock: Clock,
+        service: str,
+        fire: Mapping[str, Callable[[Timer], Any]],
+        batch: int = 200,
     ) -> None:
         self.handler, self.clock, self.service, self.fire, self.batch = handler, clock, service, fire, batch
         self._pool = handler.store.pool
@@ -120,7 +125,7 @@ class TimerRunner:
             return
         for timer, outcome in zip(timers, outcomes, strict=True):
             if isinstance(outcome, Failed):  # a rule says that it is no longer due: that is an answer, not an error
-                log.info("a timer was refused", extra={"process": timer.process, "slug": outcome.refusal.slug})
+                log.info("a timer was refused", extra={"timer": timer.process, "slug": outcome.refusal.slug})
 
     def _request(self, timer: Timer) -> Request[Any]:
         context = Context(f"service:{self.service}", str(timer.command_id), str(timer.command_id))
@@ -128,7 +133,9 @@ class TimerRunner:
 
     def _note(self, timer: Timer, error: Exception) -> None:
         """Keep the reason; it is tried again when the claim has run out, at most MOST_ATTEMPTS times, then stays for a person."""
-        log.error("a timer failed", extra={"process": timer.process, "error": type(error).__name__, "attempts": timer.attempts})
+        log.error(
+            "a timer failed", extra={"timer": timer.process, "error": type(error).__name__, "attempts": timer.attempts}
+        )
         with self._pool.connection() as connection:
             connection.execute(
                 "UPDATE timers SET error = %s WHERE process = %s AND key = %s AND due_at = %s",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Any, ClassVar, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
@@ -55,10 +56,15 @@ class Event(BaseModel):
         cls.STREAM = stream or name.split(".", 1)[0]
         cls.PRODUCER = cls.__module__.rsplit(".", 1)[-1].replace("_", "-")
         cls.TYPE = f"{name}.v{version}"
-        cls.PERSONAL = {field: adapter for field, adapter in _personal_fields(cls)}
+        cls.PERSONAL = dict(_personal_fields(cls))
         if cls.TYPE in _classes:
             raise TypeError(f"{cls.TYPE} is declared twice")
         _classes[cls.TYPE] = cls
+
+    @property
+    def happened(self) -> datetime | None:
+        """Business time, where the rule that made the event works it out; None where it is that of the command."""
+        return None
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Self:

@@ -187,4 +187,13 @@ def stream_of(event: type[Event] | Event, key: object) -> str:
     return f"{event.STREAM}-{key}"
 
 
-__all__ = ["CONTENT_TYPE", "Actor", "Envelope", "MalformedEnvelope", "Recorded", "event_class", "stream_of", "with_position"]
+__all__ = [
+    "CONTENT_TYPE",
+    "Actor",
+    "Envelope",
+    "MalformedEnvelope",
+    "Recorded",
+    "event_class",
+    "stream_of",
+    "with_position",
+]

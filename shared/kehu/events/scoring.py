@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Literal
 from uuid import UUID
 
@@ -55,9 +56,7 @@ class ScoringModel(Value):
     """
 
     rules: tuple[Rule, ...] = Field(min_length=1, max_length=200)
-    caps: dict[Dimension, Annotated[float, Field(ge=0, le=100)]] = Field(
-        default_factory=lambda: {"frequency": 30.0, "depth": 40.0, "fit": 30.0}
-    )
+    caps: dict[Dimension, Annotated[float, Field(ge=0, le=100)]] = {"frequency": 30.0, "depth": 40.0, "fit": 30.0}
     base: float = Field(default=0.0, ge=0, le=100)
     qualify_at: Score = 80.0
     hot_at: Score = 80.0
@@ -80,7 +79,11 @@ class Part(Value):
 
 
 class LeadScoreChanged(Event, name="lead_score.changed"):
-    """The score of a lead is another, by a behaviour, a profile change, a new model, or time."""
+    """The score of a lead is another, by a behaviour, a profile change, a new model, or time. The first one says what it is.
+
+    Args:
+        at: the instant that the score is of: that of its cause, or of the last thing known of the lead when that is later.
+    """
 
     lead_id: UUID
     customer_id: UUID
@@ -90,6 +93,11 @@ class LeadScoreChanged(Event, name="lead_score.changed"):
     cause: Literal["profile", "behaviour", "decay", "model", "merge"]
     cause_events: tuple[UUID, ...] = ()
     model_version: int = Field(ge=1)
+    at: Instant
+
+    @property
+    def happened(self) -> datetime:
+        return self.at
 
 
 class LeadScoreBandChanged(Event, name="lead_score.band_changed"):
@@ -101,6 +109,11 @@ class LeadScoreBandChanged(Event, name="lead_score.band_changed"):
     previous: Band
     score: Score
     model_version: int = Field(ge=1)
+    at: Instant
+
+    @property
+    def happened(self) -> datetime:
+        return self.at
 
 
 class LeadQualified(Event, name="lead_score.lead_qualified"):
@@ -111,6 +124,11 @@ class LeadQualified(Event, name="lead_score.lead_qualified"):
     score: Score
     threshold: Score
     model_version: int = Field(ge=1)
+    at: Instant
+
+    @property
+    def happened(self) -> datetime:
+        return self.at
 
 
 class ScoringModelPublished(Event, name="scoring_model.published"):

@@ -62,9 +62,6 @@ class EnvelopeMapper(Mapper[Any]):
         return Recorded.from_bytes(stored_event.state)
 
 
-_COLUMNS = "originator_id, originator_version, topic, state"
-
-
 class Recorder(ApplicationRecorder):
     """Appends through the one SQL function, in the caller's transaction, and reads.
 
@@ -100,9 +97,10 @@ class Recorder(ApplicationRecorder):
     ) -> Sequence[StoredEvent]:
         with self.pool.connection() as connection:
             rows = connection.execute(
-                f"SELECT {_COLUMNS} FROM stored_events WHERE originator_id = %s AND originator_version > %s"
-                f" AND originator_version <= %s ORDER BY originator_version {'DESC' if desc else 'ASC'} LIMIT %s",
-                (str(originator_id), gt or 0, lte if lte is not None else 2**62, limit),
+                "SELECT originator_id, originator_version, topic, state FROM stored_events WHERE originator_id = %s"
+                " AND originator_version > %s"
+                " AND originator_version <= %s ORDER BY originator_version * %s LIMIT %s",
+                (str(originator_id), gt or 0, lte if lte is not None else 2**62, -1 if desc else 1, limit),
             ).fetchall()
         return [StoredEvent(*row) for row in rows]
 
@@ -119,7 +117,8 @@ class Recorder(ApplicationRecorder):
         after = (start or 0) - (1 if inclusive_of_start else 0)
         with self.pool.connection() as connection:
             rows = connection.execute(
-                f"SELECT {_COLUMNS}, notification_id FROM stored_events WHERE notification_id > %s AND notification_id <= %s"
+                "SELECT originator_id, originator_version, topic, state, notification_id FROM stored_events"
+                " WHERE notification_id > %s AND notification_id <= %s"
                 " AND (%s::text[] = '{}' OR topic = ANY(%s)) AND txid < pg_snapshot_xmin(pg_current_snapshot())"
                 " ORDER BY notification_id LIMIT %s",
                 (after, stop if stop is not None else 2**62, list(topics), list(topics), limit),
@@ -132,4 +131,6 @@ class Recorder(ApplicationRecorder):
         return row[0] if row else None
 
     def subscribe(self, gt: int | None = None, topics: Sequence[str] = ()) -> Subscription[ApplicationRecorder]:
-        raise NotImplementedError("follow the log with kehu.follower: a subscription loses wake-ups and ends at the first error")
+        raise NotImplementedError(
+            "follow the log with kehu.follower: a subscription loses wake-ups and ends at the first error"
+        )

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import psycopg
 from eventsourcing.persistence import EventStore as LibraryEventStore
 
-from kehu.eventstore.recorder import EnvelopeMapper, Pending, Recorder
 from kehu.events import Recorded
 from kehu.events.envelope import with_position
+from kehu.eventstore.recorder import EnvelopeMapper, Pending, Recorder
 from kehu.postgres import Connection, Pool
 
 

@@ -68,7 +68,9 @@ def create_database(url: str, database: str) -> str:
         exists = admin.execute("SELECT 1 FROM pg_database WHERE datname = %s", (database,)).fetchone()
         if exists is None:
             try:
-                admin.execute(sql.SQL("CREATE DATABASE {} TEMPLATE template0 ENCODING 'UTF8'").format(sql.Identifier(database)))
+                admin.execute(
+                    sql.SQL("CREATE DATABASE {} TEMPLATE template0 ENCODING 'UTF8'").format(sql.Identifier(database))
+                )
             except (psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation):
                 log.info("the database was made by another process meanwhile")
     parts = {**conninfo_to_dict(url), "dbname": database}
@@ -94,7 +96,9 @@ def migrate(url: str, migrations: list[Migration]) -> list[str]:
             seen = done.get((migration.owner, migration.number))
             if seen is not None:
                 if seen != migration.checksum:
-                    raise MigrationError(f"{migration.owner}/{migration.name} was changed after it ran: write a new one")
+                    raise MigrationError(
+                        f"{migration.owner}/{migration.name} was changed after it ran: write a new one"
+                    )
                 continue
             try:
                 with connection.transaction():

@@ -14,7 +14,7 @@ from kehu.events import Event
 class Spec:
     """One spec of a decider::
 
-        Spec(lead).given(captured).when(RejectLead(...)).then(LeadRejected(...))
+    Spec(lead).given(captured).when(RejectLead(...)).then(LeadRejected(...))
     """
 
     decider: Decider[Any, Any]
