@@ -6,17 +6,18 @@ one way. A refusal fails only its own command.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Generic, Literal, Protocol, TypeVar
 from uuid import UUID
 
+from pydantic_core import from_json, to_json
+
 from kehu.clock import Clock
 from kehu.decider import Decider, Refused
 from kehu.events import Envelope, Event, Recorded
-from kehu.eventstore import Conflict, EventStore, Pending, StreamSlice
+from kehu.eventstore import CarriedOut, Conflict, EventStore, Pending, StreamSlice
 from kehu.eventstore.store import translated
 from kehu.ids import derived, uuid7
 from kehu.postgres import Connection, Row, write_rows
@@ -73,6 +74,7 @@ class Step:
 
     Args:
         new: the stream cannot exist yet (its id was just made), so it need not be loaded.
+        history: False when the decider has no state, so that of a long stream only the newest event is read.
     """
 
     stream: str
@@ -80,6 +82,7 @@ class Step:
     command: Any
     customer_id: str | None = None
     new: bool = False
+    history: bool = True
 
 
 def caused_by(recorded: Recorded, service: str, handler: str, command: C, index: int = 0) -> Request[C]:
@@ -269,73 +272,59 @@ class CommandHandler:
     def _attempt(self, requests: Sequence[Request[Any]], progress: Progress | None) -> list[Outcome]:
         epoch = self.store.epoch  # read before a connection is held: nobody may wait for a second one while holding one
         with self.store.pool.connection() as connection:
-            outcomes = self._already_done(connection, requests)
-            todo = [i for i in range(len(requests)) if outcomes[i] is None]
-            work = self._plans(connection, requests, todo, outcomes)
-            streams = self._streams(connection, work)
+            plans = self._plans(connection, requests)
+            wanted = {s.stream: s.new for plan in plans if isinstance(plan, Plan) for s in plan.steps}
+            carried_out, slices = self.store.load_for_decision(
+                connection, [r.command_id for r in requests], [stream for stream, new in wanted.items() if not new]
+            )
+            slices.update({stream: StreamSlice(stream) for stream, new in wanted.items() if new})
+            streams = {
+                s: _Stream(part, part.version, part.partition_key, part.customer_id) for s, part in slices.items()
+            }
             recorded_at = self.clock.now()
+            outcomes: list[Outcome | None] = [None] * len(requests)
             decided: list[tuple[int, Plan, list[Pending]]] = []
             first: dict[UUID, int] = {}
-            for i, plan in work:
-                request = requests[i]
-                earlier = first.setdefault(request.command_id, i)
-                if earlier != i:
+            for i, (request, plan) in enumerate(zip(requests, plans, strict=True)):
+                done = carried_out.get(request.command_id)
+                if done is not None:
+                    outcomes[i] = _answer_again(request, done)
+                elif first.setdefault(request.command_id, i) != i:
                     continue  # the same command twice in one batch: answered below
-                try:
-                    decided.append((i, plan, self._decide(request, plan, streams, recorded_at, epoch)))
-                except Refused as refusal:
-                    outcomes[i] = Failed(refusal)
-                except _VersionLost as lost:
-                    outcomes[i] = Failed(Refused("version-conflict", str(lost)), "conflict")
+                elif isinstance(plan, Refused):
+                    outcomes[i] = Failed(plan)
+                else:
+                    try:
+                        decided.append((i, plan, self._decide(request, plan, streams, recorded_at, epoch)))
+                    except Refused as refusal:
+                        outcomes[i] = Failed(refusal)
+                    except _VersionLost as lost:
+                        outcomes[i] = Failed(Refused("version-conflict", str(lost)), "conflict")
             self._commit(connection, requests, decided, progress, outcomes)
         for i in range(len(requests)):
             if outcomes[i] is None:
-                outcomes[i] = _again(outcomes[first[requests[i].command_id]])
+                earlier = outcomes[first[requests[i].command_id]]
+                outcomes[i] = replace(earlier, events=(), repeated=True) if isinstance(earlier, Done) else earlier
         if any(pending for _, _, pending in decided) and self._committed is not None:
             self._committed()
         return [outcome for outcome in outcomes if outcome is not None]
 
-    def _already_done(self, connection: Connection, requests: Sequence[Request[Any]]) -> list[Outcome | None]:
-        ids = [r.command_id for r in requests]
-        rows = connection.execute(
-            "SELECT command_id, fingerprint, result FROM commands WHERE command_id = ANY(%s)", (ids,)
-        ).fetchall()
-        done = {command_id: (fingerprint, result) for command_id, fingerprint, result in rows}
-        outcomes: list[Outcome | None] = []
-        for request in requests:
-            found = done.get(request.command_id)
-            if found is None:
-                outcomes.append(None)
-            elif request.fingerprint is not None and found[0] is not None and bytes(found[0]) != request.fingerprint:
-                detail = "this idempotency key was used for another request; use a new key"
-                outcomes.append(Failed(Refused("idempotency-key-reused", detail), "reused"))
-            else:
-                outcomes.append(Done(found[1]["result"], found[1]["versions"], repeated=True))
-        return outcomes
-
-    def _plans(
-        self, connection: Connection, requests: Sequence[Request[Any]], todo: list[int], outcomes: list[Outcome | None]
-    ) -> list[tuple[int, Plan]]:
+    def _plans(self, connection: Connection, requests: Sequence[Request[Any]]) -> list[Plan | Refused]:
+        """The plan of each command; one look-up for all commands of a type."""
         by_type: dict[type[Any], list[int]] = {}
-        for i in todo:
-            by_type.setdefault(type(requests[i].command), []).append(i)
-        plans: list[tuple[int, Plan]] = []
+        for i, request in enumerate(requests):
+            by_type.setdefault(type(request.command), []).append(i)
+        plans: dict[int, Plan | Refused] = {}
         for kind, indexes in by_type.items():
             handles = self.handlers[kind]
             batch = [requests[i] for i in indexes]
             contexts = handles.prepare(connection, batch) if handles.prepare else [None] * len(batch)
             for i, request, context in zip(indexes, batch, contexts, strict=True):
                 try:
-                    plans.append((i, handles.plan(request, context)))
+                    plans[i] = handles.plan(request, context)
                 except Refused as refusal:
-                    outcomes[i] = Failed(refusal)
-        return sorted(plans, key=lambda item: item[0])  # commands take effect in the order they were given
-
-    def _streams(self, connection: Connection, work: list[tuple[int, Plan]]) -> dict[str, _Stream]:
-        wanted = {step.stream: step.new for _, plan in work for step in plan.steps}
-        slices = self.store.load(connection, [stream for stream, new in wanted.items() if not new])
-        slices.update({stream: StreamSlice(stream) for stream, new in wanted.items() if new})
-        return {s: _Stream(part, part.version, part.partition_key, part.customer_id) for s, part in slices.items()}
+                    plans[i] = refusal
+        return [plans[i] for i in range(len(requests))]
 
     def _decide(
         self, request: Request[Any], plan: Plan, streams: dict[str, _Stream], recorded_at: datetime, epoch: str
@@ -384,45 +373,29 @@ class CommandHandler:
         if not decided and progress is None:
             return
         sealed = self._sealed(decided)
-        ids: list[UUID] = []
-        fingerprints: list[bytes | None] = []
-        results: list[str] = []
+        commands: list[CarriedOut] = []
         rows: list[Row] = []
         for i, plan, new in decided:
+            request = requests[i]
             versions = {p.envelope.stream: p.envelope.version for p in new}
             result = plan.result(new) if callable(plan.result) else plan.result
             outcomes[i] = Done(result, versions, new)
-            ids.append(requests[i].command_id)
-            fingerprints.append(requests[i].fingerprint)
-            results.append(json.dumps({"result": result, "versions": versions}))
+            answer = to_json({"result": result, "versions": versions}).decode()
+            commands.append(CarriedOut(request.command_id, request.fingerprint, answer))
             rows.extend(plan.rows(new))
         with translated():
-            if progress is None:
+            if progress is None and not rows:
+                self.store.append(connection, sealed, commands)  # one statement, one transaction, one round trip
+            elif progress is None:
                 # Nothing is read in here, so all statements travel together: one round trip and one flush to disk.
                 with connection.pipeline(), connection.transaction():
-                    self._write(connection, sealed, ids, fingerprints, results, rows)
+                    self.store.append(connection, sealed, commands)
+                    write_rows(connection, rows)
             else:
                 with connection.transaction():
-                    self._write(connection, sealed, ids, fingerprints, results, rows)
+                    self.store.append(connection, sealed, commands)
+                    write_rows(connection, rows)
                     progress.write(connection)
-
-    def _write(
-        self,
-        connection: Connection,
-        sealed: list[Pending],
-        ids: list[UUID],
-        fingerprints: list[bytes | None],
-        results: list[str],
-        rows: list[Row],
-    ) -> None:
-        self.store.append(connection, sealed)
-        if ids:
-            connection.execute(
-                "INSERT INTO commands (command_id, fingerprint, result)"
-                " SELECT * FROM unnest(%s::uuid[], %s::bytea[], %s::jsonb[])",
-                (ids, fingerprints, results),
-            )
-        write_rows(connection, rows)
 
     def _sealed(self, decided: list[tuple[int, Plan, list[Pending]]]) -> list[Pending]:
         made: dict[str, bytes | None] = {}
@@ -451,6 +424,9 @@ class _VersionLost(Exception):
     """If-Match named another version than the stream has."""
 
 
-def _again(outcome: Outcome | None) -> Outcome:
-    assert outcome is not None
-    return Done(outcome.result, outcome.versions, repeated=True) if isinstance(outcome, Done) else outcome
+def _answer_again(request: Request[Any], done: CarriedOut) -> Outcome:
+    if request.fingerprint is not None and done.fingerprint is not None and done.fingerprint != request.fingerprint:
+        detail = "this idempotency key was used for another request; use a new key"
+        return Failed(Refused("idempotency-key-reused", detail), "reused")
+    answer = from_json(done.result)
+    return Done(answer["result"], answer["versions"], repeated=True)

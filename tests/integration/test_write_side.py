@@ -383,21 +383,21 @@ def test_conflict_with_progress_rolls_everything_back(
         def write(self, connection: Connection) -> None:
             connection.execute("INSERT INTO cursors (name) VALUES ('moved')")
 
-    load = EventStore.load
+    load = EventStore.load_for_decision
 
-    def load_then_lose(self: EventStore, connection: Connection, streams: Any) -> Any:
-        slices = load(self, connection, streams)
+    def load_then_lose(self: EventStore, connection: Connection, ids: Any, streams: Any) -> Any:
+        loaded = load(self, connection, ids, streams)
         with pool.connection() as rival, rival.transaction():
-            version = load(self, rival, ["channel-web"])["channel-web"].version + 1
+            version = load(self, rival, [], ["channel-web"])[1]["channel-web"].version + 1
             rival.execute(
                 "SELECT append_events('{channel-web}', %s, '{channel.defined.v1}', (SELECT array_agg(state) FROM stored_events"
                 " WHERE originator_id = %s))",
                 ([version], "channel-seed"),
             )
-        return slices
+        return loaded
 
     handler.handle([ask(Define("seed", "Seed"))])
-    monkeypatch.setattr(EventStore, "load", load_then_lose)
+    monkeypatch.setattr(EventStore, "load_for_decision", load_then_lose)
     with pytest.raises(Conflict):
         handler.handle([ask(Define("web", "Mine")), ask(Define("other", "Mine"))], Nothing())
     monkeypatch.undo()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
+from uuid import UUID
 
 from eventsourcing.persistence import (
     ApplicationRecorder,
@@ -43,6 +44,20 @@ class Pending:
         return self.envelope.recorded
 
 
+@dataclass(frozen=True, slots=True)
+class CarriedOut:
+    """A command that is recorded with its events, so that a resent one can be answered.
+
+    Args:
+        fingerprint: hash of the request it came with, None when it has none.
+        result: the answer, JSON text.
+    """
+
+    command_id: UUID
+    fingerprint: bytes | None
+    result: str
+
+
 class EnvelopeMapper(Mapper[Any]):
     """Between Pending/Recorded and the library's StoredEvent."""
 
@@ -73,15 +88,23 @@ class Recorder(ApplicationRecorder):
         self.pool = pool
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
-        """Append. `connection=` is the caller's open transaction; nothing may have been written in it before."""
+        """Append in one statement, which is a transaction of its own when the caller has none open.
+
+        `connection=` is the caller's; nothing may have been written in its transaction before. `commands=` are
+        recorded with the events.
+        """
         connection: Connection = kwargs["connection"]
+        commands: Sequence[CarriedOut] = kwargs.get("commands", ())
         connection.execute(
-            "SELECT append_events(%b, %b, %b, %b)",
+            "SELECT append_events(%b::text[], %b::bigint[], %b::text[], %b::bytea[], %b::uuid[], %b::bytea[], %b::text[])",
             (
                 [str(e.originator_id) for e in stored_events],
                 [e.originator_version for e in stored_events],
                 [e.topic for e in stored_events],
                 [e.state for e in stored_events],
+                [c.command_id for c in commands],
+                [c.fingerprint for c in commands],
+                [c.result for c in commands],
             ),
         )
         return None

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from uuid import UUID
 
 import psycopg
 from eventsourcing.persistence import EventStore as LibraryEventStore
 
 from kehu.events import Recorded
 from kehu.events.envelope import with_position
-from kehu.eventstore.recorder import EnvelopeMapper, Pending, Recorder
+from kehu.eventstore.recorder import CarriedOut, EnvelopeMapper, Pending, Recorder
 from kehu.postgres import Connection, Pool
 
 
@@ -96,6 +97,8 @@ def translated() -> Iterator[None]:
         yield
     except psycopg.errors.UniqueViolation as error:
         raise Conflict(error.diag.constraint_name or "unknown") from error
+    except (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure) as error:
+        raise Conflict("deadlock") from error  # the server rolled one of two writers back: it decides again
     except psycopg.Error as error:
         if error.sqlstate == "KH001":
             raise AppendFirst(str(error)) from error
@@ -129,18 +132,43 @@ class EventStore:
 
     def load(self, connection: Connection, streams: Sequence[str]) -> dict[str, StreamSlice]:
         """All events of these streams, in one query. A stream that does not exist has version 0."""
+        return self.load_for_decision(connection, [], streams)[1]
+
+    def load_for_decision(
+        self, connection: Connection, command_ids: Sequence[UUID], streams: Sequence[str]
+    ) -> tuple[dict[UUID, CarriedOut], dict[str, StreamSlice]]:
+        """Which of these commands were carried out already, and all events of these streams, in one query."""
+        slices = {stream: StreamSlice(stream) for stream in streams}
+        done: dict[UUID, CarriedOut] = {}
+        if command_ids or slices:
+            rows = connection.execute(
+                "SELECT key, version, notification_id, payload, fingerprint FROM load_for_decision(%b::uuid[], %b::text[])",
+                (list(command_ids), list(slices)),
+                binary=True,
+            )
+            for key, version, position, payload, fingerprint in rows:
+                if version == 0:
+                    command_id = UUID(key)
+                    done[command_id] = CarriedOut(command_id, fingerprint, bytes(payload).decode())
+                else:
+                    part = slices[key]
+                    part.version = version
+                    part.events.append(Recorded.from_bytes(payload, position))
+        return done, slices
+
+    def load_newest(self, connection: Connection, streams: Sequence[str]) -> dict[str, StreamSlice]:
+        """The newest event of each of these streams, in one query: enough to know version, key and customer."""
         slices = {stream: StreamSlice(stream) for stream in streams}
         if slices:
             rows = connection.execute(
-                "SELECT originator_id, originator_version, notification_id, state FROM stored_events"
-                " WHERE originator_id = ANY(%s) ORDER BY originator_id, originator_version",
+                "SELECT e.originator_id, e.originator_version, e.notification_id, e.state FROM unnest(%s::text[]) AS s (name)"
+                " CROSS JOIN LATERAL (SELECT * FROM stored_events WHERE originator_id = s.name"
+                " ORDER BY originator_version DESC LIMIT 1) AS e",
                 (list(slices),),
                 binary=True,
             )
             for stream, version, position, state in rows:
-                part = slices[stream]
-                part.version = version
-                part.events.append(Recorded.from_bytes(state, position))
+                slices[stream] = StreamSlice(stream, version, [Recorded.from_bytes(state, position)])
         return slices
 
     def stream(self, stream: str) -> StreamSlice:
@@ -148,13 +176,14 @@ class EventStore:
         with self.pool.connection() as connection:
             return self.load(connection, [stream])[stream]
 
-    def append(self, connection: Connection, pending: Sequence[Pending]) -> None:
-        """Append in the caller's transaction, of which it must be the first write.
+    def append(self, connection: Connection, pending: Sequence[Pending], commands: Sequence[CarriedOut] = ()) -> None:
+        """Append events, and record the commands that caused them, as the first write of the caller's transaction.
 
-        In pipeline mode errors come at the next sync: wrap the whole transaction in `translated()`.
+        Outside a transaction it is one by itself. In pipeline mode errors come at the next sync: wrap the whole
+        transaction in `translated()`.
         """
-        if pending:
-            self._library.put(pending, connection=connection)
+        if pending or commands:
+            self._library.put(pending, connection=connection, commands=commands)
 
     def read(self, after: Cursor, limit: int = 500, connection: Connection | None = None) -> list[LogRow]:
         """The next rows of the log that no running transaction can still overtake, in order.

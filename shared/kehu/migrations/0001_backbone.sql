@@ -17,17 +17,30 @@ CREATE TABLE stored_events (
 -- Readers follow (txid, notification_id): see read_events.
 CREATE UNIQUE INDEX stored_events_log ON stored_events (txid, notification_id);
 
--- The only way to append. No table lock and no NOTIFY: both would serialise all commits.
+-- Commands that were carried out, with their answers: a resent one gets the same answer and does nothing.
+CREATE TABLE commands (
+    command_id  uuid        NOT NULL,
+    fingerprint bytea,
+    result      jsonb       NOT NULL,
+    recorded_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT commands_once PRIMARY KEY (command_id)
+);
+
+-- The only way to append: events, and the commands that caused them, in one statement. No table lock and no NOTIFY: both would serialise all commits.
 -- It must be the first write of its transaction: then a later version of a stream always has a later txid, and the
 -- order (txid, notification_id) is the order of every stream.
-CREATE FUNCTION append_events(streams text[], versions bigint[], topics text[], states bytea[]) RETURNS void
-LANGUAGE plpgsql AS $$
+CREATE FUNCTION append_events(
+    streams text[], versions bigint[], topics text[], states bytea[],
+    command_ids uuid[] DEFAULT '{}', fingerprints bytea[] DEFAULT '{}', results text[] DEFAULT '{}'
+) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     IF pg_current_xact_id_if_assigned() IS NOT NULL THEN
         RAISE EXCEPTION 'an append must be the first write of its transaction' USING ERRCODE = 'KH001';
     END IF;
     INSERT INTO stored_events (originator_id, originator_version, topic, state)
     SELECT s, v, t, d FROM unnest(streams, versions, topics, states) WITH ORDINALITY AS new (s, v, t, d, n) ORDER BY n;
+    INSERT INTO commands (command_id, fingerprint, result)
+    SELECT c, f, r::jsonb FROM unnest(command_ids, fingerprints, results) AS done (c, f, r);
 END
 $$;
 
@@ -44,14 +57,18 @@ LANGUAGE sql STABLE AS $$
     LIMIT most
 $$;
 
--- Commands that were carried out, with their answers: a resent one gets the same answer and does nothing.
-CREATE TABLE commands (
-    command_id  uuid        NOT NULL,
-    fingerprint bytea,
-    result      jsonb       NOT NULL,
-    recorded_at timestamptz NOT NULL DEFAULT now(),
-    CONSTRAINT commands_once PRIMARY KEY (command_id)
-);
+-- All that a batch of commands needs to be decided, in one round trip: which of them were carried out already (version 0,
+-- the answer as payload), and the events of their streams in order.
+CREATE FUNCTION load_for_decision(command_ids uuid[], streams text[])
+RETURNS TABLE (key text, version bigint, notification_id bigint, payload bytea, fingerprint bytea)
+LANGUAGE sql STABLE AS $$
+    SELECT c.command_id::text, 0::bigint, 0::bigint, convert_to(c.result::text, 'UTF8'), c.fingerprint
+    FROM commands c WHERE c.command_id = ANY(command_ids)
+    UNION ALL
+    (SELECT e.originator_id, e.originator_version, e.notification_id, e.state, NULL
+     FROM stored_events e WHERE e.originator_id = ANY(streams)
+     ORDER BY e.originator_id, e.originator_version)
+$$;
 
 -- How far each follower of this store's own log has come (projectors, relay).
 CREATE TABLE cursors (
