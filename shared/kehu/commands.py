@@ -273,11 +273,15 @@ class CommandHandler:
         epoch = self.store.epoch  # read before a connection is held: nobody may wait for a second one while holding one
         with self.store.pool.connection() as connection:
             plans = self._plans(connection, requests)
-            wanted = {s.stream: s.new for plan in plans if isinstance(plan, Plan) for s in plan.steps}
+            steps = [step for plan in plans if isinstance(plan, Plan) for step in plan.steps]
+            whole = {step.stream for step in steps if step.history and not step.new}
+            newest = {step.stream for step in steps if not step.history and not step.new} - whole
             carried_out, slices = self.store.load_for_decision(
-                connection, [r.command_id for r in requests], [stream for stream, new in wanted.items() if not new]
+                connection, [r.command_id for r in requests], list(whole)
             )
-            slices.update({stream: StreamSlice(stream) for stream, new in wanted.items() if new})
+            if newest:
+                slices.update(self.store.load_newest(connection, list(newest)))
+            slices.update({s.stream: StreamSlice(s.stream) for s in steps if s.new and s.stream not in slices})
             streams = {
                 s: _Stream(part, part.version, part.partition_key, part.customer_id) for s, part in slices.items()
             }

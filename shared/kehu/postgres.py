@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, LiteralString
 
 import psycopg
@@ -11,8 +12,22 @@ from psycopg_pool import ConnectionPool
 
 Connection = psycopg.Connection[TupleRow]
 Pool = ConnectionPool[Connection]
-# Constant SQL and its parameters: executed inside somebody's transaction, grouped by the text.
-Row = tuple[LiteralString, tuple[Any, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Unnest:
+    """Constant SQL with one array parameter for each column: the rows of a whole batch are one statement.
+
+    Write `INSERT … SELECT … FROM unnest(%s::…[], %s::…[]) ORDER BY` the unique key: two batches with the same keys in
+    another order would wait for each other for ever.
+    """
+
+    sql: LiteralString
+
+
+# Constant SQL and its parameters. Rows are executed inside somebody's transaction, grouped by the text.
+Statement = tuple[LiteralString, tuple[Any, ...]]
+Row = Statement | tuple[Unnest, tuple[Any, ...]]
 
 # Errors that go away by themselves: the server restarts, a connection is cut, a lock or a disk is late.
 TRANSIENT = (psycopg.OperationalError, psycopg.InterfaceError)
@@ -70,13 +85,17 @@ def connect(url: str, name: str) -> Connection:
 
 
 def write_rows(connection: Connection, rows: list[Row]) -> None:
-    """Execute rows in the caller's transaction, one executemany for each SQL text, in order of first appearance."""
-    grouped: dict[LiteralString, list[tuple[Any, ...]]] = {}
+    """Execute rows in the caller's transaction, in order of each SQL's first appearance: one statement for all rows of
+    an Unnest, one executemany for each other text.
+    """
+    grouped: dict[LiteralString | Unnest, list[tuple[Any, ...]]] = {}
     for sql, parameters in rows:
         grouped.setdefault(sql, []).append(parameters)
     with connection.cursor() as cursor:
         for sql, many in grouped.items():
-            if len(many) == 1:
+            if isinstance(sql, Unnest):
+                cursor.execute(sql.sql, [list(column) for column in zip(*many, strict=True)])
+            elif len(many) == 1:
                 cursor.execute(sql, many[0])
             else:
                 cursor.executemany(sql, many)

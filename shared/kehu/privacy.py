@@ -20,7 +20,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from kehu.events import Event, Personal, PersonalState, Recorded
-from kehu.postgres import Pool, Row
+from kehu.postgres import Pool, Row, Unnest
 
 KEY_BYTES = 32
 _NONCE = 12
@@ -150,6 +150,11 @@ class _Cache:
         self._kept.pop(customer, None)
 
 
+_STORE_KEY = Unnest(
+    "INSERT INTO customer_keys (customer_id, wrapped) SELECT * FROM unnest(%s::text[], %s::bytea[]) AS new (c, w) ORDER BY c"
+)
+
+
 class PostgresKeyring:
     """The key table of lead-intake: `customer_keys(customer_id text, wrapped bytea null, destroyed_at)`.
 
@@ -169,7 +174,7 @@ class PostgresKeyring:
         """Stores a new key; goes into the transaction that registers the customer."""
         nonce = os.urandom(_NONCE)
         wrapped = nonce + self._wrapper.encrypt(nonce, key, customer_id.encode())
-        return "INSERT INTO customer_keys (customer_id, wrapped) VALUES (%s, %s)", (customer_id, wrapped)
+        return _STORE_KEY, (customer_id, wrapped)
 
     def destroy_row(self, customer_id: str) -> Row:
         """Destroys a key; goes into the transaction that erases the customer. `forget` the cached one afterwards."""

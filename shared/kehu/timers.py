@@ -18,7 +18,7 @@ from kehu.clock import Clock
 from kehu.commands import CommandHandler, Context, Failed, Request, StaleProgress
 from kehu.eventstore import Conflict
 from kehu.ids import derived
-from kehu.postgres import TRANSIENT, Connection, Row
+from kehu.postgres import TRANSIENT, Connection, Statement
 from kehu.privacy import KeysUnavailable
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Timer:
         return derived("timer", self.process, self.key, self.due_at.isoformat())
 
 
-def schedule(process: str, key: object, due_at: datetime, payload: Mapping[str, Any] | None = None) -> Row:
+def schedule(process: str, key: object, due_at: datetime, payload: Mapping[str, Any] | None = None) -> Statement:
     """Set or move a timer, as a row of a command's transaction."""
     return (
         "INSERT INTO timers (process, key, due_at, payload) VALUES (%s, %s, %s, %s) ON CONFLICT (process, key) DO UPDATE"
@@ -48,7 +48,7 @@ def schedule(process: str, key: object, due_at: datetime, payload: Mapping[str, 
     )
 
 
-def cancel(process: str, key: object) -> Row:
+def cancel(process: str, key: object) -> Statement:
     """Take a timer back, as a row of a command's transaction."""
     return "DELETE FROM timers WHERE process = %s AND key = %s", (process, str(key))
 
