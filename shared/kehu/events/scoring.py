@@ -81,7 +81,11 @@ class Part(Value):
 class LeadScoreChanged(Event, name="lead_score.changed"):
     """The score of a lead is another, by a behaviour, a profile change, a new model, or time. The first one says what it is.
 
+    Each event of a lead's score tells score, band, qualification and instant, so that the newest one alone is the state.
+
     Args:
+        band: the temperature with this score; when it is another one, lead_score.band_changed follows.
+        qualified: whether the lead is an MQL or has been one, this score included.
         at: the instant that the score is of: that of its cause, or of the last thing known of the lead when that is later.
     """
 
@@ -89,6 +93,8 @@ class LeadScoreChanged(Event, name="lead_score.changed"):
     customer_id: UUID
     score: Score
     previous: Score
+    band: Band
+    qualified: bool
     parts: tuple[Part, ...]
     cause: Literal["profile", "behaviour", "decay", "model", "merge"]
     cause_events: tuple[UUID, ...] = ()
@@ -108,6 +114,7 @@ class LeadScoreBandChanged(Event, name="lead_score.band_changed"):
     band: Band
     previous: Band
     score: Score
+    qualified: bool
     model_version: int = Field(ge=1)
     at: Instant
 
@@ -122,6 +129,7 @@ class LeadQualified(Event, name="lead_score.lead_qualified"):
     lead_id: UUID
     customer_id: UUID
     score: Score
+    band: Band
     threshold: Score
     model_version: int = Field(ge=1)
     at: Instant
