@@ -1,0 +1,1 @@
+"""The rules of scoring. Pure: no clock, no ids made here, no input or output."""

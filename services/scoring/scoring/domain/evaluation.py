@@ -1,0 +1,376 @@
+"""From a model and what is known of a lead to a score with its parts, at any instant.
+
+All arithmetic after the rules is done in whole hundredths of a point: each rule's points are rounded once, and everything
+behind that (caps, base, clamp) is integer addition. So the parts of a score add up to it exactly, always.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from kehu.events.scoring import Band, Condition, Dimension, Part, Rule, ScoringModel
+
+# Hundredths of a point in a point.
+UNIT = 100
+HIGHEST = 100 * UNIT
+# Only the newest behaviours of a lead count, so that the cost of a score is bounded.
+MOST_BEHAVIOURS = 1_000
+# Ids of events that a part names.
+MOST_EVENTS = 10
+# Intervals that the search for the next change looks at before it gives a safe early answer.
+MOST_INTERVALS = 2_000
+
+Attributes = Mapping[str, Any]
+DAY = 86_400.0
+SECOND = timedelta(seconds=1)
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileInput:
+    """Facts about who the lead is, from one event.
+
+    Args:
+        event_id: the event that told it.
+        time: when it was so (business time).
+        attributes: `industry`, `channel`, `facts.budget`…
+    """
+
+    event_id: UUID
+    time: datetime
+    attributes: Attributes
+
+
+@dataclass(frozen=True, slots=True)
+class BehaviourInput:
+    """One thing that the customer did.
+
+    Args:
+        attributes: `object`, `channel`, `duration_seconds`, `device`, `facts.contacts`…
+    """
+
+    event_id: UUID
+    time: datetime
+    kind: str
+    attributes: Attributes
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """All that scores a lead, each list in order of (time, event id)."""
+
+    profile: tuple[ProfileInput, ...] = ()
+    behaviours: tuple[BehaviourInput, ...] = ()
+
+    @classmethod
+    def of(cls, profile: Iterable[ProfileInput] = (), behaviours: Iterable[BehaviourInput] = ()) -> Inputs:
+        """Inputs from facts in any order; of the behaviours the newest MOST_BEHAVIOURS."""
+        return cls(
+            tuple(sorted(profile, key=_order)),
+            tuple(sorted(behaviours, key=_order)[-MOST_BEHAVIOURS:]),
+        )
+
+    @property
+    def newest(self) -> datetime | None:
+        """The business time of the last thing known."""
+        times = [inputs[-1].time for inputs in (self.profile, self.behaviours) if inputs]
+        return max(times, default=None)
+
+
+def _order(item: ProfileInput | BehaviourInput) -> tuple[datetime, int]:
+    return item.time, item.event_id.int
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledRule:
+    """A rule in the form that is fast to apply: a test, points, the cap in hundredths and the half-life in seconds."""
+
+    name: str
+    dimension: Dimension
+    points: float
+    cap: int
+    half_life: float | None
+    attributes: tuple[str, ...]
+    matches: Callable[[Attributes], bool]
+
+    def units(self, points: float) -> int:
+        """Points after the rule's own cap, in hundredths. The one place where points are rounded."""
+        return max(-self.cap, min(self.cap, round(points * UNIT)))
+
+
+class Rulebook:
+    """A model compiled once and used for many leads.
+
+    Args:
+        model: the rules.
+        version: the number under which the model was published.
+        since: the instant from which it is in force.
+    """
+
+    def __init__(self, model: ScoringModel, version: int, since: datetime) -> None:
+        self.model, self.version, self.since = model, version, since
+        self.base = round(model.base * UNIT)
+        self.caps = {dimension: round(points * UNIT) for dimension, points in model.caps.items()}
+        self.rules = tuple(_compile(rule) for rule in model.rules)
+        about_behaviour = [
+            (index, frozenset(rule.behaviours)) for index, rule in enumerate(model.rules) if rule.dimension != "fit"
+        ]
+        self.about_profile = tuple(index for index, rule in enumerate(model.rules) if rule.dimension == "fit")
+        self._about_any = tuple(index for index, kinds in about_behaviour if not kinds)
+        self._about_kind = {
+            kind: tuple(index for index, named in about_behaviour if not named or kind in named)
+            for kind in frozenset().union(*(kinds for _, kinds in about_behaviour))
+        }
+
+    def about(self, kind: str) -> tuple[int, ...]:
+        """The rules, by index, that look at behaviours of this kind."""
+        return self._about_kind.get(kind, self._about_any)
+
+
+def _compile(rule: Rule) -> CompiledRule:
+    tests = tuple((condition.attribute, _test(condition)) for condition in rule.conditions)
+
+    def matches(attributes: Attributes) -> bool:
+        return all(test(attributes.get(attribute)) for attribute, test in tests)
+
+    return CompiledRule(
+        name=rule.name,
+        dimension=rule.dimension,
+        points=rule.points,
+        # Nothing can count for more than a hundred times the whole scale, however many behaviours there are.
+        cap=round(rule.cap * UNIT) if rule.cap is not None else HIGHEST * 100,
+        half_life=rule.half_life_days * DAY if rule.half_life_days is not None else None,
+        attributes=tuple(attribute for attribute, _ in tests),
+        matches=matches,
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Equality in which a yes/no is never a number: 1 is not True."""
+    return bool(left == right) and isinstance(left, bool) is isinstance(right, bool)
+
+
+def _test(condition: Condition) -> Callable[[Any], bool]:
+    """The test of one value. A value that is absent or of another kind satisfies nothing but `present: false`."""
+    wanted: Any = condition.value
+    match condition.operator:
+        case "present":
+            expected = wanted is not False
+            return lambda value: (value is not None) is expected
+        case "eq":
+            return lambda value: _same(value, wanted)
+        case "ne":
+            return lambda value: value is not None and not _same(value, wanted)
+        case "in":
+            choices = wanted if isinstance(wanted, tuple) else (wanted,)
+            return lambda value: any(_same(value, choice) for choice in choices)
+        case "ge":
+            return lambda value: _is_number(value) and value >= wanted
+        case "gt":
+            return lambda value: _is_number(value) and value > wanted
+        case "le":
+            return lambda value: _is_number(value) and value <= wanted
+        case "lt":
+            return lambda value: _is_number(value) and value < wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """What one rule gives at an instant: points before its cap, and what they come from, newest first."""
+
+    rule: CompiledRule
+    points: float
+    count: int
+    events: tuple[UUID, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A score at an instant, and how it came about."""
+
+    book: Rulebook
+    at: datetime
+    contributions: tuple[Contribution, ...]
+
+    @property
+    def units(self) -> int:
+        """The score in hundredths."""
+        return _total(self.book, ((each.rule.dimension, each.rule.units(each.points)) for each in self.contributions))
+
+    @property
+    def score(self) -> float:
+        """The score, 0 to 100, with two decimals."""
+        return self.units / UNIT
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What makes the score: base, rules in the model's order, what dimension caps cut off, what the scale cuts off.
+
+        `sum(round(part.points * 100)) == round(score * 100)` holds for every evaluation.
+        """
+        parts: list[Part] = []
+        sums: dict[Dimension, int] = {}
+        if self.book.base:
+            parts.append(Part(rule="base", dimension="base", points=self.book.base / UNIT))
+        total = self.book.base
+        for each in self.contributions:
+            units = each.rule.units(each.points)
+            if units:
+                sums[each.rule.dimension] = sums.get(each.rule.dimension, 0) + units
+                total += units
+                parts.append(
+                    Part.model_construct(
+                        rule=each.rule.name,
+                        dimension=each.rule.dimension,
+                        points=units / UNIT,
+                        count=each.count,
+                        events=each.events,
+                    )
+                )
+        for dimension, units in sums.items():
+            over = units - self.book.caps[dimension]
+            if over > 0:
+                total -= over
+                parts.append(Part(rule=f"cap.{dimension}", dimension="cap", points=-over / UNIT))
+        if total != (units := _clamp(total)):
+            parts.append(Part(rule="cap.score", dimension="cap", points=(units - total) / UNIT))
+        return tuple(parts)
+
+    def next_outside(self, low: int, high: int) -> datetime | None:
+        """The first whole second after `at` at which time alone puts the score outside low ≤ score < high (hundredths).
+
+        Points of one rule fade together: S·0.5^(t/half-life), S being their sum now. Fading points only fall and fading
+        penalties only shrink, so over any span the score lies between (falling points at its end, penalties at its start)
+        and (falling points at its start, penalties at its end). Spans whose bounds stay inside are left out, others are
+        halved until one second is left. After MOST_INTERVALS spans the start of the first unresolved one is given: an
+        early look, never a late one.
+        """
+        fading = [each for each in self.contributions if each.rule.half_life is not None and each.points]
+        if not fading:
+            return None
+        steady = [
+            (each.rule.dimension, each.rule.units(each.points)) for each in self.contributions if each not in fading
+        ]
+
+        def total(falling_after: int, shrinking_after: int) -> int:
+            units = list(steady)
+            for each in fading:
+                seconds = falling_after if each.points > 0 else shrinking_after
+                assert each.rule.half_life is not None
+                faded = each.points * 0.5 ** ((offset + seconds) / each.rule.half_life)
+                units.append((each.rule.dimension, each.rule.units(faded)))
+            return _total(self.book, units)
+
+        # Whole seconds are counted from the first one after `at`.
+        first = self.at.replace(microsecond=0) + SECOND
+        offset = (first - self.at).total_seconds()
+        last = math.ceil(max(_gone_after(each) for each in fading))
+        spans = [(0, last)]
+        for _ in range(MOST_INTERVALS):
+            if not spans:
+                return None
+            start, end = spans.pop()
+            if low <= total(end, start) and total(start, end) < high:
+                continue
+            if start == end:
+                return first + start * SECOND
+            middle = (start + end) // 2
+            spans += [(middle + 1, end), (start, middle)]
+        return first + spans[-1][0] * SECOND if spans else None
+
+
+def _gone_after(each: Contribution) -> float:
+    """Seconds after which a rule's points round to nothing."""
+    assert each.rule.half_life is not None
+    return each.rule.half_life * max(0.0, math.log2(abs(each.points) * UNIT / 0.5) + 1)
+
+
+def _total(book: Rulebook, contributions: Iterable[tuple[Dimension, int]]) -> int:
+    """Base and contributions (dimension, hundredths), each dimension under its cap, within the scale."""
+    sums: dict[Dimension, int] = {}
+    for dimension, units in contributions:
+        sums[dimension] = sums.get(dimension, 0) + units
+    return _clamp(book.base + sum(min(units, book.caps[dimension]) for dimension, units in sums.items()))
+
+
+def _clamp(units: int) -> int:
+    return max(0, min(HIGHEST, units))
+
+
+def evaluate(book: Rulebook, inputs: Inputs, at: datetime) -> Evaluation:
+    """The score of a lead at an instant. What happened after it does not count.
+
+    A rule about behaviours gives, for each behaviour that matches, points × 0.5^(age / half-life) (all its points when it
+    has no half-life); a rule about the profile gives its points once.
+
+    Args:
+        at: the instant, aware; any, past or future.
+    """
+    contributions: list[Contribution | None] = [None] * len(book.rules)
+    profile, told_by = _profile_at(inputs.profile, at)
+    for index in book.about_profile:
+        rule = book.rules[index]
+        if rule.matches(profile):
+            events = tuple(dict.fromkeys(told_by[name] for name in rule.attributes if name in told_by))[:MOST_EVENTS]
+            contributions[index] = Contribution(rule, rule.points, 1, events)
+
+    matched: dict[int, list[BehaviourInput]] = {}
+    for behaviour in reversed(inputs.behaviours):
+        if behaviour.time <= at:
+            for index in book.about(behaviour.kind):
+                if book.rules[index].matches(behaviour.attributes):
+                    matched.setdefault(index, []).append(behaviour)
+    for index, behaviours in matched.items():
+        rule = book.rules[index]
+        if rule.half_life is None:
+            points = rule.points * len(behaviours)
+        else:
+            # fsum is exact before it rounds, so the order of the behaviours cannot show.
+            half_life = rule.half_life
+            points = rule.points * math.fsum(
+                0.5 ** ((at - each.time).total_seconds() / half_life) for each in behaviours
+            )
+        events = tuple(each.event_id for each in behaviours[:MOST_EVENTS])
+        contributions[index] = Contribution(rule, points, len(behaviours), events)
+    return Evaluation(book, at, tuple(each for each in contributions if each is not None))
+
+
+def _profile_at(profile: Sequence[ProfileInput], at: datetime) -> tuple[Attributes, Mapping[str, UUID]]:
+    """The attributes that hold at an instant, newest word wins, and the event that told each."""
+    attributes: dict[str, Any] = {}
+    told_by: dict[str, UUID] = {}
+    for each in profile:
+        if each.time <= at:
+            attributes.update(each.attributes)
+            told_by.update(dict.fromkeys(each.attributes, each.event_id))
+    return attributes, told_by
+
+
+def band_of(model: ScoringModel, units: int, current: Band) -> Band:
+    """The band of a score (hundredths) for a lead that is in `current`: a band is left only `hysteresis` below its edge."""
+    hot, warm, slack = edges(model)
+    if units >= hot or (current == "hot" and units >= hot - slack):
+        return "hot"
+    if units >= warm or (current != "cold" and units >= warm - slack):
+        return "warm"
+    return "cold"
+
+
+def edges(model: ScoringModel) -> tuple[int, int, int]:
+    """Lower edge of hot, lower edge of warm, and the hysteresis, in hundredths."""
+    return round(model.hot_at * UNIT), round(model.warm_at * UNIT), round(model.hysteresis * UNIT)
+
+
+def quiet(model: ScoringModel, band: Band, qualified: bool) -> tuple[int, int]:
+    """The scores (low ≤ score < high, hundredths) at which a lead in this band stays as it is."""
+    hot, warm, slack = edges(model)
+    low, high = {"hot": (hot - slack, HIGHEST + 1), "warm": (warm - slack, hot), "cold": (0, warm)}[band]
+    return low, high if qualified else min(high, round(model.qualify_at * UNIT))
