@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import secrets
 import socket
 import struct
 from collections.abc import Callable, Mapping
@@ -70,7 +70,7 @@ def free_port() -> int:
     """
     lowest, highest = 15_000, _first_ephemeral_port() - 1
     for _ in range(200):
-        port = random.randint(lowest, highest)
+        port = lowest + secrets.randbelow(highest - lowest + 1)
         if is_free(port):
             return port
     raise DevStackError(f"No free TCP port between {lowest} and {highest} on 127.0.0.1 in 200 tries.")

@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import random
+import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -174,7 +174,7 @@ class KafkaCache:
         part = self.directory / "jars" / f"{jar.name}.part"
         reason = ""
         for attempt in range(_ATTEMPTS):
-            if stop.wait(attempt and 0.5 * 2**attempt * random.uniform(0.75, 1.25)):
+            if stop.wait(attempt and 2**attempt * (375 + secrets.randbelow(250)) / 1000):
                 return
             try:
                 self._download(client, f"{base}/{jar.path}", jar, part, stop)

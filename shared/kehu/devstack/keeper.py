@@ -12,6 +12,7 @@ SPEC: parent (pid), argv, env, cwd, user, group (ids or null), log (path, append
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -21,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
@@ -46,7 +48,7 @@ def main() -> int:
         if prctl is not None:
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
-    with open(spec["log"], "ab") as log:
+    with Path(spec["log"]).open("ab") as log:
         try:
             server = subprocess.Popen(
                 spec["argv"],
@@ -61,12 +63,9 @@ def main() -> int:
                 preexec_fn=die_with_keeper,  # one thread: safe
             )
         except (OSError, subprocess.SubprocessError) as error:
-            print(f"error {error}", flush=True)
+            _tell(f"error {error}")
             return 1
-    try:
-        print(f"pid {server.pid}", flush=True)
-    except BrokenPipeError:
-        pass  # The parent is gone already: the loop below sees it.
+    _tell(f"pid {server.pid}")
 
     code: int | None = None
     while code is None:
@@ -84,11 +83,15 @@ def main() -> int:
         for directory in spec["remove"]:
             shutil.rmtree(directory, ignore_errors=True)
         if spec["remove_if_empty"]:
-            try:
-                os.rmdir(spec["remove_if_empty"])
-            except OSError:
-                pass  # The keeper of the other server is not done yet: it does it.
+            with contextlib.suppress(OSError):  # the keeper of the other server may not be done yet: it does it
+                Path(spec["remove_if_empty"]).rmdir()
     return code if code >= 0 else 128 - code
+
+
+def _tell(line: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the parent is gone already: main() sees it
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
 
 
 def _reap(server: int) -> int | None:
@@ -134,24 +137,20 @@ def _end_children() -> None:
 
 
 def _signal(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _children(parent: int) -> list[int]:
     """Direct children, from /proc/PID/stat: `pid (name) state ppid ...`."""
     found = []
-    for entry in os.listdir("/proc") if os.path.isdir("/proc/self") else []:
-        if entry.isdigit():
-            try:
-                with open(f"/proc/{entry}/stat", "rb") as stat:
-                    fields = stat.read().rpartition(b")")[2].split()
-            except OSError:
-                continue
-            if int(fields[1]) == parent:
-                found.append(int(entry))
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_bytes().rpartition(b")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == parent:
+            found.append(int(stat.parent.name))
     return found
 
 

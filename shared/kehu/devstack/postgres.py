@@ -27,6 +27,8 @@ from kehu.devstack.process import EmbeddedServer, Launch, write_privately
 
 SUPERUSER = "kehu"
 _INSTEAD = "Set KEHU_POSTGRES_URL to a running server, or start Docker with the image of PostgreSQL."
+# Where root puts what an ordinary account is to read: kept over a restart of the machine.
+_EVERYBODY = "/var/tmp"  # noqa: S108 (names in it are made by mkdtemp, or checked by _own_directory)
 # What tells whether an account can use the server's files: (test of `sh`, path below the installation).
 _NEEDED = (("-x", "bin/postgres"), ("-x", "bin/initdb"), ("-r", "share/postgres.bki"), ("-r", "lib/plpgsql.so"))
 
@@ -126,7 +128,7 @@ def _copied(package: Path, version: str, account: Account) -> Path:
     """A copy of the wheel's files in the cache, or below /var/tmp when the account cannot enter the cache either."""
     cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
-    root = cache if _can_enter(account, cache) else _own_directory(Path(f"/var/tmp/kehu-{os.geteuid()}"))
+    root = cache if _can_enter(account, cache) else _own_directory(Path(_EVERYBODY) / f"kehu-{os.geteuid()}")
     target = root / f"postgres-{version}"
     if _can_use(account, target / package.name / "pginstall"):
         return target / package.name / "pginstall"
@@ -238,7 +240,7 @@ class EmbeddedPostgres(EmbeddedServer):
         self.home.chmod(0o711)
         place = self.home
         if not _can_enter(account, self.home):
-            place = Path(tempfile.mkdtemp(dir="/var/tmp", prefix="kehu-postgres-"))
+            place = Path(tempfile.mkdtemp(dir=_EVERYBODY, prefix="kehu-postgres-"))
             place.chmod(0o711)
             link.symlink_to(place)
         return place

@@ -1,6 +1,6 @@
 """Fixtures of pytest for tests that need PostgreSQL and Kafka: one stack a run, a fresh database a test.
 
-A test package takes them with `pytest_plugins = ("kehu.testing.fixtures",)` in the top conftest.py.
+pytest loads this module by `-p kehu.testing.fixtures` (pyproject.toml). Servers start when the first test asks for one.
 """
 
 from __future__ import annotations
