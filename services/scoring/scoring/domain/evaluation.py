@@ -22,8 +22,8 @@ HIGHEST = 100 * UNIT
 MOST_BEHAVIOURS = 1_000
 # Ids of events that a part names.
 MOST_EVENTS = 10
-# Intervals that the search for the next change looks at before it gives a safe early answer.
-MOST_INTERVALS = 2_000
+# Spans of time that the search for the next change looks at before it gives a safe early answer.
+MOST_SPANS = 2_000
 
 Attributes = Mapping[str, Any]
 DAY = 86_400.0
@@ -126,6 +126,20 @@ class Rulebook:
             for kind in frozenset().union(*(kinds for _, kinds in about_behaviour))
         }
 
+    def sums(self, contributions: Iterable[Contribution]) -> dict[Dimension, int]:
+        """What contributions give by dimension, in hundredths, before the caps of the dimensions."""
+        sums: dict[Dimension, int] = {}
+        for each in contributions:
+            sums[each.rule.dimension] = sums.get(each.rule.dimension, 0) + each.units
+        return sums
+
+    def total(self, sums: Mapping[Dimension, int]) -> int:
+        """The score in hundredths: base and dimensions, each under its cap, within the scale."""
+        total = self.base
+        for dimension, units in sums.items():
+            total += min(units, self.caps[dimension])
+        return max(0, min(HIGHEST, total))
+
     def about(self, kind: str) -> tuple[int, ...]:
         """The rules, by index, that look at behaviours of this kind."""
         return self._about_kind.get(kind, self._about_any)
@@ -135,7 +149,10 @@ def _compile(rule: Rule) -> CompiledRule:
     tests = tuple((condition.attribute, _test(condition)) for condition in rule.conditions)
 
     def matches(attributes: Attributes) -> bool:
-        return all(test(attributes.get(attribute)) for attribute, test in tests)
+        for attribute, test in tests:  # noqa: SIM110 the innermost loop: a generator costs twice as much
+            if not test(attributes.get(attribute)):
+                return False
+        return True
 
     return CompiledRule(
         name=rule.name,
@@ -184,26 +201,33 @@ def _test(condition: Condition) -> Callable[[Any], bool]:
 
 @dataclass(frozen=True, slots=True)
 class Contribution:
-    """What one rule gives at an instant: points before its cap, and what they come from, newest first."""
+    """What one rule gives at an instant, and what it comes from.
+
+    Args:
+        points: before the rule's cap.
+        units: after it, in hundredths.
+        events: newest first, at most MOST_EVENTS.
+    """
 
     rule: CompiledRule
     points: float
+    units: int
     count: int
     events: tuple[UUID, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A score at an instant, and how it came about."""
+    """A score at an instant, and how it came about.
+
+    Args:
+        units: the score in hundredths.
+    """
 
     book: Rulebook
     at: datetime
     contributions: tuple[Contribution, ...]
-
-    @property
-    def units(self) -> int:
-        """The score in hundredths."""
-        return _total(self.book, ((each.rule.dimension, each.rule.units(each.points)) for each in self.contributions))
+    units: int
 
     @property
     def score(self) -> float:
@@ -217,92 +241,75 @@ class Evaluation:
         `sum(round(part.points * 100)) == round(score * 100)` holds for every evaluation.
         """
         parts: list[Part] = []
-        sums: dict[Dimension, int] = {}
-        if self.book.base:
-            parts.append(Part(rule="base", dimension="base", points=self.book.base / UNIT))
         total = self.book.base
+        if total:
+            parts.append(Part(rule="base", dimension="base", points=total / UNIT))
         for each in self.contributions:
-            units = each.rule.units(each.points)
-            if units:
-                sums[each.rule.dimension] = sums.get(each.rule.dimension, 0) + units
-                total += units
-                parts.append(
-                    Part.model_construct(
-                        rule=each.rule.name,
-                        dimension=each.rule.dimension,
-                        points=units / UNIT,
-                        count=each.count,
-                        events=each.events,
-                    )
-                )
-        for dimension, units in sums.items():
-            over = units - self.book.caps[dimension]
+            if each.units:
+                total += each.units
+                name, dimension, points = each.rule.name, each.rule.dimension, each.units / UNIT
+                parts.append(Part(rule=name, dimension=dimension, points=points, count=each.count, events=each.events))
+        for capped, units in self.book.sums(self.contributions).items():
+            over = units - self.book.caps[capped]
             if over > 0:
                 total -= over
-                parts.append(Part(rule=f"cap.{dimension}", dimension="cap", points=-over / UNIT))
-        if total != (units := _clamp(total)):
-            parts.append(Part(rule="cap.score", dimension="cap", points=(units - total) / UNIT))
+                parts.append(Part(rule=f"cap.{capped}", dimension="cap", points=-over / UNIT))
+        if total != self.units:
+            parts.append(Part(rule="cap.score", dimension="cap", points=(self.units - total) / UNIT))
         return tuple(parts)
 
-    def next_outside(self, low: int, high: int) -> datetime | None:
+    def next_outside(self, low: int, high: int, until: datetime | None = None) -> datetime | None:
         """The first whole second after `at` at which time alone puts the score outside low ≤ score < high (hundredths).
 
         Points of one rule fade together: S·0.5^(t/half-life), S being their sum now. Fading points only fall and fading
-        penalties only shrink, so over any span the score lies between (falling points at its end, penalties at its start)
-        and (falling points at its start, penalties at its end). Spans whose bounds stay inside are left out, others are
-        halved until one second is left. After MOST_INTERVALS spans the start of the first unresolved one is given: an
-        early look, never a late one.
+        penalties only shrink, so over any span the score lies between (points at its end, penalties at its start) and
+        (points at its start, penalties at its end). Spans whose bounds stay inside are left out, others are halved down
+        to one second. After MOST_SPANS spans the start of the first unresolved one is given: an early look, never a
+        late one.
+
+        Args:
+            until: look no further than this instant; None looks until nothing is left to fade.
         """
-        fading = [each for each in self.contributions if each.rule.half_life is not None and each.points]
-        if not fading:
-            return None
-        steady = [
-            (each.rule.dimension, each.rule.units(each.points)) for each in self.contributions if each not in fading
-        ]
-
-        def total(falling_after: int, shrinking_after: int) -> int:
-            units = list(steady)
-            for each in fading:
-                seconds = falling_after if each.points > 0 else shrinking_after
-                assert each.rule.half_life is not None
-                faded = each.points * 0.5 ** ((offset + seconds) / each.rule.half_life)
-                units.append((each.rule.dimension, each.rule.units(faded)))
-            return _total(self.book, units)
-
+        fading = [each for each in self.contributions if each.rule.half_life is not None and each.units]
         # Whole seconds are counted from the first one after `at`.
         first = self.at.replace(microsecond=0) + SECOND
         offset = (first - self.at).total_seconds()
-        last = math.ceil(max(_gone_after(each) for each in fading))
+        steady = self.book.sums(each for each in self.contributions if each.rule.half_life is None)
+        curves = [
+            (each.rule.dimension, each.points * UNIT * 0.5 ** (offset / half_life), half_life, each.rule.cap)
+            for each in fading
+            if (half_life := each.rule.half_life) is not None
+        ]
+        # A curve is flat when it has come below half a hundredth.
+        last = math.ceil(max((h * max(0.0, math.log2(abs(s)) + 1) for _, s, h, _ in curves), default=-1.0))
+        if until is not None:
+            last = min(last, math.floor((until - first).total_seconds()))
+        if last < 0:
+            return None
+
+        def total(points_after: int, penalties_after: int) -> int:
+            sums = steady.copy()
+            for dimension, start, half_life, cap in curves:
+                units = round(start * 0.5 ** ((points_after if start > 0 else penalties_after) / half_life))
+                sums[dimension] = sums.get(dimension, 0) + max(-cap, min(cap, units))
+            return self.book.total(sums)
+
         spans = [(0, last)]
-        for _ in range(MOST_INTERVALS):
+        for _ in range(MOST_SPANS):
             if not spans:
                 return None
             start, end = spans.pop()
             if low <= total(end, start) and total(start, end) < high:
                 continue
-            if start == end:
-                return first + start * SECOND
+            if end - start <= 1:
+                if not low <= total(start, start) < high:
+                    return first + start * SECOND
+                if not low <= total(end, end) < high:
+                    return first + end * SECOND
+                continue
             middle = (start + end) // 2
-            spans += [(middle + 1, end), (start, middle)]
+            spans += [(middle, end), (start, middle)]
         return first + spans[-1][0] * SECOND if spans else None
-
-
-def _gone_after(each: Contribution) -> float:
-    """Seconds after which a rule's points round to nothing."""
-    assert each.rule.half_life is not None
-    return each.rule.half_life * max(0.0, math.log2(abs(each.points) * UNIT / 0.5) + 1)
-
-
-def _total(book: Rulebook, contributions: Iterable[tuple[Dimension, int]]) -> int:
-    """Base and contributions (dimension, hundredths), each dimension under its cap, within the scale."""
-    sums: dict[Dimension, int] = {}
-    for dimension, units in contributions:
-        sums[dimension] = sums.get(dimension, 0) + units
-    return _clamp(book.base + sum(min(units, book.caps[dimension]) for dimension, units in sums.items()))
-
-
-def _clamp(units: int) -> int:
-    return max(0, min(HIGHEST, units))
 
 
 def evaluate(book: Rulebook, inputs: Inputs, at: datetime) -> Evaluation:
@@ -320,7 +327,7 @@ def evaluate(book: Rulebook, inputs: Inputs, at: datetime) -> Evaluation:
         rule = book.rules[index]
         if rule.matches(profile):
             events = tuple(dict.fromkeys(told_by[name] for name in rule.attributes if name in told_by))[:MOST_EVENTS]
-            contributions[index] = Contribution(rule, rule.points, 1, events)
+            contributions[index] = Contribution(rule, rule.points, rule.units(rule.points), 1, events)
 
     matched: dict[int, list[BehaviourInput]] = {}
     for behaviour in reversed(inputs.behaviours):
@@ -339,8 +346,9 @@ def evaluate(book: Rulebook, inputs: Inputs, at: datetime) -> Evaluation:
                 0.5 ** ((at - each.time).total_seconds() / half_life) for each in behaviours
             )
         events = tuple(each.event_id for each in behaviours[:MOST_EVENTS])
-        contributions[index] = Contribution(rule, points, len(behaviours), events)
-    return Evaluation(book, at, tuple(each for each in contributions if each is not None))
+        contributions[index] = Contribution(rule, points, rule.units(points), len(behaviours), events)
+    made = tuple(each for each in contributions if each is not None)
+    return Evaluation(book, at, made, book.total(book.sums(made)))
 
 
 def _profile_at(profile: Sequence[ProfileInput], at: datetime) -> tuple[Attributes, Mapping[str, UUID]]:

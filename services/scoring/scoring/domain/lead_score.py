@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Literal
 from uuid import UUID
 
 from kehu.decider import Decider
 from kehu.events import Event
 from kehu.events.scoring import Band, LeadQualified, LeadScoreBandChanged, LeadScoreChanged
-from scoring.domain.evaluation import UNIT, Evaluation, Inputs, Rulebook, band_of, evaluate, quiet
+from scoring.domain.evaluation import SECOND, UNIT, Evaluation, Inputs, Rulebook, band_of, evaluate, quiet
 
 Cause = Literal["profile", "behaviour", "decay", "model", "merge"]
 # Changes by time alone that one decision catches up with; a lead that was left alone for long has passed two or three.
 MOST_CAUGHT_UP = 8
+MICROSECOND = timedelta(microseconds=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,16 +107,16 @@ def instant(command: Rescore, state: LeadScore) -> datetime:
 
 def _passed(command: Rescore, state: LeadScore, until: datetime) -> Iterator[Evaluation]:
     """What time alone changed after the last score and before `until`."""
-    if state.at is None:
-        return
     book, inputs = command.book, command.inputs
+    if state.at is None or until - max(state.at, book.since) <= SECOND:
+        return
     before = evaluate(book, inputs, max(state.at, book.since))
     low, high = quiet(book.model, state.band, state.qualified)
     if not low <= before.units < high:
         return  # another model or a late fact did that, not time
     for _ in range(MOST_CAUGHT_UP):
-        due = before.next_outside(*quiet(book.model, state.band, state.qualified))
-        if due is None or due >= until:
+        due = before.next_outside(*quiet(book.model, state.band, state.qualified), until - MICROSECOND)
+        if due is None:
             return
         before = evaluate(book, inputs, due)
         yield before
