@@ -258,9 +258,9 @@ class CommandHandler:
             KeysUnavailable, psycopg.OperationalError: nothing was done; try again.
         """
         conflict: Conflict | None = None
-        for _ in range(1 + self.RETRIES):
+        for number in range(1 + self.RETRIES):
             try:
-                return self._attempt(requests, progress)
+                return self._attempt(requests, progress, first_try=number == 0)
             except Conflict as error:
                 conflict = error
         if progress is not None and conflict is not None:
@@ -269,16 +269,17 @@ class CommandHandler:
             return [Failed(Refused("conflict", "the stream is being changed by others; try again"), "conflict")]
         return [self.handle([request])[0] for request in requests]
 
-    def _attempt(self, requests: Sequence[Request[Any]], progress: Progress | None) -> list[Outcome]:
+    def _attempt(self, requests: Sequence[Request[Any]], progress: Progress | None, first_try: bool) -> list[Outcome]:
         epoch = self.store.epoch  # read before a connection is held: nobody may wait for a second one while holding one
         with self.store.pool.connection() as connection:
             plans = self._plans(connection, requests)
             steps = [step for plan in plans if isinstance(plan, Plan) for step in plan.steps]
             whole = {step.stream for step in steps if step.history and not step.new}
             newest = {step.stream for step in steps if not step.history and not step.new} - whole
-            carried_out, slices = self.store.load_for_decision(
-                connection, [r.command_id for r in requests], list(whole)
-            )
+            # With nothing to load, hope that no command is a resent one: if one is, the append conflicts and we look.
+            hopeful = first_try and not whole and not newest
+            command_ids = [] if hopeful else [r.command_id for r in requests]
+            carried_out, slices = self.store.load_for_decision(connection, command_ids, list(whole))
             if newest:
                 slices.update(self.store.load_newest(connection, list(newest)))
             slices.update({s.stream: StreamSlice(s.stream) for s in steps if s.new and s.stream not in slices})

@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any, ClassVar, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, TypeAdapter
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from kehu.events.values import Personal
 
@@ -65,6 +67,13 @@ class Event(BaseModel):
     def happened(self) -> datetime | None:
         """Business time, where the rule that made the event works it out; None where it is that of the command."""
         return None
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The published schema is open: a reader must take fields that a newer release added."""
+        published = handler(schema)
+        handler.resolve_ref_schema(published).pop("additionalProperties", None)
+        return published
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Self:
