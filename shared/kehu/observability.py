@@ -201,7 +201,7 @@ def configure_logging(service: str, role: str, level: str = "info", form: str = 
 
 # --- Metrics ----------------------------------------------------------------------------------------------------------
 
-disable_created_metrics()  # when a series began is of no use to us, and doubles their number
+disable_created_metrics()  # type: ignore[no-untyped-call]  # when a series began is of no use to us, and doubles their number
 M = TypeVar("M", bound="MetricWrapperBase")
 
 
@@ -287,6 +287,11 @@ def continuing(traceparent: str | None) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+def tracing() -> bool:
+    """Whether spans are recorded, so that the trace context comes from them."""
+    return _tracer is not None
 
 
 class _NoSpan:
@@ -434,3 +439,15 @@ class Health:
         except Exception as error:  # a probe reports whatever is wrong
             return type(error).__name__
         return None
+
+
+PROBES = frozenset(("/healthz", "/readyz", "/metrics"))
+
+
+async def probe(path: str, health: Health) -> tuple[int, str, bytes]:
+    """The answer to one of `PROBES`: status, media type, body."""
+    if path == "/metrics":
+        return 200, METRICS_TYPE, metrics_page()
+    failing = await health.failing() if path == "/readyz" else {}
+    body: dict[str, Any] = {"status": "unready", "failing": failing} if failing else {"status": "ok"}
+    return 503 if failing else 200, "application/json", json.dumps(body).encode()
