@@ -2,7 +2,7 @@
 
 from kehu.devstack.base import DevStackError, Origin, Server
 from kehu.devstack.postgres import create_database, database_url, drop_database
-from kehu.devstack.stack import Address, DevStack
+from kehu.devstack.stack import Address, DevStack, remove_data
 
 __all__ = [
     "Address",
@@ -13,4 +13,5 @@ __all__ = [
     "create_database",
     "database_url",
     "drop_database",
+    "remove_data",
 ]

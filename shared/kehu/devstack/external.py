@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 from kehu.devstack.base import DevStackError, kafka_answers, poll, postgres_answers, without_password
 
+# Seconds that a given server may still need for its own start (a compose file brings all up together).
+PATIENCE = 10.0
+
 
 class ExternalServer:
     """A server whose address was given.
@@ -26,7 +29,7 @@ class ExternalServer:
         raise self._not_ours("has no process that is ours")
 
     def start(self) -> None:
-        self.wait_ready(10.0)
+        self.wait_ready(PATIENCE)
 
     def stop(self, *, discard: bool = False) -> None:
         """Nothing: it is not ours to stop."""

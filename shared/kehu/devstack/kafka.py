@@ -28,6 +28,13 @@ _JVM = (
     "-XX:-UsePerfData",
     "-Djava.awt.headless=true",
 )
+# Java 25 would also keep compiled adapters in its archive, and complains when it links them; the classes are what counts.
+_AOT = (
+    "-XX:+IgnoreUnrecognizedVMOptions",
+    "-XX:+UnlockDiagnosticVMOptions",
+    "-XX:-AOTAdapterCaching",
+    "-XX:-AOTStubCaching",
+)
 
 # Warnings, and the few lines that tell of a start; the file is bounded.
 _LOGGING = """\
@@ -84,7 +91,7 @@ class EmbeddedKafka(EmbeddedServer):
 
     def log_tail(self, lines: int = 50) -> str:
         # The console holds what the JVM itself says, when it cannot start at all.
-        return "\n".join(filter(None, (tail(self.log_file, lines), tail(self.console_file, 20))))
+        return "\n".join(filter(None, (tail(self.console_file, 10), tail(self.log_file, lines))))
 
     def _prepare(self) -> Launch:
         java = find_java()
@@ -186,7 +193,7 @@ def archive_options(java: Java, cache: KafkaCache) -> tuple[str, ...]:
     if not file.exists():
         return ()
     # A runtime that cannot use the file starts without it.
-    return (f"-XX:AOTCache={file}",) if java.version >= 25 else (f"-XX:SharedArchiveFile={file}", "-Xshare:auto")
+    return (*_AOT, f"-XX:AOTCache={file}") if java.version >= 25 else (f"-XX:SharedArchiveFile={file}", "-Xshare:auto")
 
 
 def make_archive(java: Java, cache: KafkaCache) -> bool:
@@ -203,9 +210,10 @@ def make_archive(java: Java, cache: KafkaCache) -> bool:
         with tempfile.TemporaryDirectory(dir=cache.directory, prefix="train-") as work:
             new = Path(work) / file.name
             broker = EmbeddedKafka(Path(work) / "kafka", throw_away=True, archive=False)
-            broker._options = (
-                f"-XX:AOTCacheOutput={new}" if java.version >= 25 else f"-XX:ArchiveClassesAtExit={new}",
+            at_exit = (
+                (*_AOT, f"-XX:AOTCacheOutput={new}") if java.version >= 25 else (f"-XX:ArchiveClassesAtExit={new}",)
             )
+            broker._options = at_exit
             broker.orderly = ((signal.SIGTERM, 60.0),)  # the archive is written at the end
             broker.start()
             broker.stop()

@@ -164,9 +164,13 @@ class EmbeddedServer(ABC):
         return tail(self.log_file, lines)
 
     def remove(self) -> None:
-        """Delete its directories. Only after stop()."""
-        for place in self._places():
-            shutil.rmtree(place, ignore_errors=True)
+        """Delete its directories. Raises DevStackError while it runs."""
+        self._lock(0.0)
+        try:
+            for place in self._places():
+                shutil.rmtree(place, ignore_errors=True)
+        finally:
+            self._unlock()
 
     # How. --------------------------------------------------------------------------------------------------------
 
@@ -235,12 +239,12 @@ class EmbeddedServer(ABC):
             if self._keeper.poll() is not None:
                 self._keeper = None
 
-    def _lock(self) -> None:
+    def _lock(self, seconds: float = _LOCK_SECONDS) -> None:
         if self._lock_file is not None:
             return
         self.home.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.home / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        end = monotonic() + _LOCK_SECONDS
+        end = monotonic() + seconds
         while True:
             try:
                 # The keeper inherits it: the directory is free only when the server is gone as well.

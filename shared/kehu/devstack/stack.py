@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -227,6 +228,15 @@ class DevStack:
         home = self.data_dir.absolute() / piece
         server = EmbeddedPostgres if piece == "postgres" else EmbeddedKafka
         return server(home, throw_away=self._throw_away)
+
+
+def remove_data(data_dir: Path) -> None:
+    """Delete the data that a stack kept in this directory. Raises DevStackError while a stack runs on it."""
+    for home, kind in ((data_dir / "postgres", EmbeddedPostgres), (data_dir / "kafka", EmbeddedKafka)):
+        if home.is_dir():
+            kind(home.absolute(), throw_away=True).remove()
+    with contextlib.suppress(OSError):  # there may be other things in it
+        data_dir.rmdir()
 
 
 def _embedded(server: Server) -> bool:
