@@ -1,0 +1,305 @@
+"""What makes handling exactly-once: the version of every stream and the offset of every partition, written with the effect.
+
+A version that was applied is a repeat and is skipped. A version further on than the next is a hole: the stream is stopped,
+never applied out of order. Progress is compared before it is set, so that a process that lost its partition and comes
+back late cannot write anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from kehu.commands import StaleProgress
+from kehu.events import MalformedEnvelope, Recorded
+from kehu.kafka.effects import Types
+from kehu.postgres import Connection
+
+
+class Place(NamedTuple):
+    """A partition of a topic."""
+
+    topic: str
+    partition: int
+
+
+@dataclass(slots=True)
+class Item:
+    """A record on its way through a consumer: parsed, or with the reason why not.
+
+    Args:
+        poison: why it can never be handled as it is; None when it can.
+    """
+
+    place: Place
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes]]
+    recorded: Recorded | None
+    wanted: bool
+    poison: str | None = None
+
+    @property
+    def stream(self) -> str:
+        return self.recorded.stream if self.recorded is not None else ""
+
+    @property
+    def version(self) -> int | None:
+        return self.recorded.version if self.recorded is not None else None
+
+
+class Reader:
+    """Parses records and decodes the wanted events, so that what is broken is known before anything is applied."""
+
+    def __init__(self, types: Types) -> None:
+        self._names = None if types is None else frozenset(cls.NAME for cls in types)
+
+    def item(
+        self, place: Place, offset: int, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes]]
+    ) -> Item:
+        """One record, parsed."""
+        try:
+            recorded = Recorded.from_bytes(value)
+        except MalformedEnvelope as error:
+            return Item(place, offset, key, value, headers, None, True, describe(error))
+        if key is None or key != recorded.partition_key.encode():
+            return Item(place, offset, key, value, headers, recorded, True, "the record's key is not its partitionkey")
+        wanted = self._names is None or recorded.type.rpartition(".v")[0] in self._names
+        poison: str | None = None
+        if wanted:
+            try:
+                _ = recorded.event
+            except (
+                LookupError,
+                ValueError,
+                TypeError,
+            ) as error:  # unknown type, data that does not fit, a failing upcaster
+                poison = describe(error)
+        return Item(place, offset, key, value, headers, recorded, wanted, poison)
+
+
+# Messages of these are ours and have no data of people in them. Of other errors only the class and the place are kept.
+_OURS = ("kehu.",)
+
+
+def describe(error: BaseException) -> str:
+    """An error for the table of parked events: what, and where, without any value of the event."""
+    kind = type(error)
+    errors = getattr(error, "errors", None)
+    if kind.__module__.startswith("pydantic") and callable(errors):
+        places = [
+            f"{'.'.join(map(str, e['loc'])) or 'event'}: {e['type']}"
+            for e in errors(include_input=False, include_url=False)
+        ]
+        return f"the data does not fit the type: {'; '.join(places[:10])}"[:500]
+    diag = getattr(error, "diag", None)
+    if diag is not None and getattr(error, "sqlstate", None):
+        what = ", ".join(part for part in (diag.table_name, diag.column_name, diag.constraint_name) if part)
+        return f"{kind.__name__} ({error.sqlstate}{' ' + what if what else ''}) at {_where(error)}"[:500]  # type: ignore[attr-defined]
+    if kind.__module__.startswith(_OURS):
+        return f"{kind.__name__}: {error}"[:500]
+    return f"{kind.__name__} at {_where(error)}"[:500]
+
+
+def _where(error: BaseException) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return "?"
+    code = trace.tb_frame.f_code
+    return f"{code.co_qualname}:{trace.tb_lineno}"
+
+
+@dataclass(slots=True)
+class Open:
+    """The parked part of a stream: versions from `first` to `last` wait (0 when they are not known), `count` rows."""
+
+    first: int
+    last: int
+    count: int
+
+
+@dataclass(slots=True)
+class Parking:
+    """A record that is going to be parked."""
+
+    item: Item
+    status: str
+    error: str
+    attempts: int = 1
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What is to be done with a batch."""
+
+    events: list[Recorded] = field(default_factory=list)
+    versions: dict[str, int] = field(default_factory=dict)
+    parking: list[Parking] = field(default_factory=list)
+    holes: int = 0
+    passed: int = 0
+    repeats: int = 0
+
+
+def judge(items: Sequence[Item], versions: dict[str, int], parked: Mapping[str, Open], anywhere: bool) -> Verdict:
+    """Decide for each record of a batch, in order: apply, skip, or park.
+
+    Args:
+        versions: last applied version of the streams that have one; updated.
+        parked: streams that are stopped.
+        anywhere: the first version seen of an unknown stream is taken as it is; else it must be 1.
+    """
+    verdict = Verdict()
+    stopped: set[str] = set()
+    for item in items:
+        recorded = item.recorded
+        if recorded is None:
+            verdict.parking.append(Parking(item, "waiting", item.poison or "malformed"))
+            continue
+        stream, version = recorded.stream, recorded.version
+        known = versions.get(stream, -1)
+        if version <= known:
+            verdict.repeats += 1
+            continue
+        if stream in stopped:
+            verdict.parking.append(Parking(item, "behind", "an earlier event of the stream waits"))
+            continue
+        waiting = parked.get(stream)
+        next_one = version == known + 1 or (known < 0 and (version == 1 or anywhere))
+        if waiting is not None and not (next_one and version < waiting.first):
+            verdict.parking.append(Parking(item, "behind", "an earlier event of the stream waits"))
+        elif item.poison is not None:
+            stopped.add(stream)
+            verdict.parking.append(Parking(item, "waiting", item.poison))
+        elif not next_one:
+            stopped.add(stream)
+            verdict.holes += 1
+            verdict.parking.append(
+                Parking(item, "waiting", f"hole: expected version {max(known, 0) + 1}, got {version}")
+            )
+        else:
+            versions[stream] = verdict.versions[stream] = version
+            if item.wanted:
+                verdict.events.append(recorded)
+            else:
+                verdict.passed += 1
+    return verdict
+
+
+_VERSIONS = "SELECT stream, version FROM consumer_streams WHERE consumer = %s AND stream = ANY(%s)"
+_MOVE = """
+UPDATE consumer_offsets o SET next_offset = n.next, moved_at = now()
+FROM unnest(%s::text[], %s::int[], %s::bigint[], %s::bigint[]) AS n (topic, partition, expected, next)
+WHERE o.consumer = %s AND o.topic = n.topic AND o.partition = n.partition AND o.next_offset = n.expected
+"""
+_SET_VERSIONS = """
+INSERT INTO consumer_streams AS s (consumer, stream, version)
+SELECT %s, * FROM unnest(%s::text[], %s::bigint[])
+ON CONFLICT (consumer, stream) DO UPDATE SET version = EXCLUDED.version WHERE s.version < EXCLUDED.version
+"""
+# A replay of a topic brings the same versions again: they are parked once.
+_PARK = """
+INSERT INTO parked_events (consumer, stream, version, topic, partition, "offset", key, value, headers, status, error, attempts)
+SELECT %(consumer)s, %(stream)s, %(version)s, %(topic)s, %(partition)s, %(offset)s, %(key)s, %(value)s, %(headers)s::jsonb,
+       %(status)s, %(error)s, %(attempts)s
+WHERE NOT EXISTS (
+    SELECT FROM parked_events p WHERE p.consumer = %(consumer)s AND p.stream = %(stream)s AND p.version = %(version)s
+    AND p.status IN ('waiting', 'behind'))
+ON CONFLICT (consumer, topic, partition, "offset") DO UPDATE SET
+    stream = EXCLUDED.stream, version = EXCLUDED.version, key = EXCLUDED.key, value = EXCLUDED.value,
+    headers = EXCLUDED.headers, status = EXCLUDED.status, error = EXCLUDED.error, attempts = EXCLUDED.attempts,
+    first_failed_at = now(), parked_at = now(), resolved_at = NULL, request = NULL
+WHERE parked_events.status IN ('resolved', 'dropped')
+"""
+
+
+def known_versions(connection: Connection, consumer: str, streams: Sequence[str]) -> dict[str, int]:
+    """The last applied version of those streams that have one."""
+    return dict(connection.execute(_VERSIONS, (consumer, streams), binary=True).fetchall())
+
+
+def open_streams(connection: Connection, consumer: str, places: Sequence[Place]) -> dict[str, Open]:
+    """The stopped streams of these partitions."""
+    rows = connection.execute(
+        "SELECT stream, coalesce(min(version), 0), coalesce(max(version), 0), count(*) FROM parked_events p"
+        " JOIN unnest(%s::text[], %s::int[]) AS owned (topic, partition) USING (topic, partition)"
+        " WHERE consumer = %s AND stream <> '' AND status IN ('waiting', 'behind') GROUP BY stream",
+        ([p.topic for p in places], [p.partition for p in places], consumer),
+    ).fetchall()
+    return {stream: Open(first, last, count) for stream, first, last, count in rows}
+
+
+@dataclass(slots=True)
+class Moved:
+    """The progress of a batch, written by the effect in its transaction.
+
+    Args:
+        offsets: for each partition the offset that is stored now and the one to store.
+    """
+
+    consumer: str
+    offsets: Mapping[Place, tuple[int, int]]
+    verdict: Verdict
+
+    def write(self, connection: Connection) -> None:
+        """Raises StaleProgress when the stored offsets are others: another process handles these partitions."""
+        places = sorted(self.offsets)
+        moved = connection.execute(
+            _MOVE,
+            (
+                [p.topic for p in places],
+                [p.partition for p in places],
+                [self.offsets[p][0] for p in places],
+                [self.offsets[p][1] for p in places],
+                self.consumer,
+            ),
+        )
+        if moved.rowcount != len(places):
+            raise StaleProgress(f"{self.consumer}: another process has moved on")
+        versions = self.verdict.versions
+        if versions:
+            streams = sorted(versions)
+            connection.execute(_SET_VERSIONS, (self.consumer, streams, [versions[s] for s in streams]))
+        if self.verdict.parking:
+            with connection.cursor() as cursor:
+                cursor.executemany(_PARK, [self._row(parking) for parking in self.verdict.parking])
+
+    def _row(self, parking: Parking) -> dict[str, Any]:
+        item = parking.item
+        return {
+            "consumer": self.consumer,
+            "stream": item.stream,
+            "version": item.version,
+            "topic": item.place.topic,
+            "partition": item.place.partition,
+            "offset": item.offset,
+            "key": item.key,
+            "value": item.value,
+            "headers": json.dumps([[name, _text(value)] for name, value in item.headers]),
+            "status": parking.status,
+            "error": parking.error,
+            "attempts": parking.attempts,
+        }
+
+
+def _text(value: bytes | None) -> Any:
+    """A header's value in JSON: text where it is text, else base64 in an object."""
+    if value is None:
+        return None
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        text = "\0"
+    return {"base64": base64.b64encode(value).decode()} if "\0" in text else text
+
+
+def header_bytes(value: Any) -> bytes | None:
+    """The value of a header as it was, from the JSON of a parked event."""
+    if value is None:
+        return None
+    return base64.b64decode(value["base64"]) if isinstance(value, dict) else str(value).encode()
