@@ -132,7 +132,7 @@ class TestDetails:
         command = UpdateLead(LEAD_ID, clean_profile(title="总经理"))
         Spec(LEAD).given(CAPTURED, MERGED).when(command).then_refused("lead-merged")
         Spec(LEAD).given(CAPTURED, REJECTED).when(command).then_refused("lead-rejected")
-        Spec(LEAD).when(command).then_refused("unknown-lead")
+        Spec(LEAD).when(command).then_refused("lead-not-found")
 
 
 class TestRejection:
@@ -146,7 +146,7 @@ class TestRejection:
 
     def test_refused_for_a_merged_and_an_unknown_lead(self) -> None:
         Spec(LEAD).given(CAPTURED, MERGED).when(self.COMMAND).then_refused("lead-merged")
-        Spec(LEAD).when(self.COMMAND).then_refused("unknown-lead")
+        Spec(LEAD).when(self.COMMAND).then_refused("lead-not-found")
 
 
 @pytest.mark.req("LI-06")
@@ -177,7 +177,7 @@ class TestCustomer:
         ).when(self.ERASE).then_nothing()
 
     def test_somebody_unknown_cannot_be_erased(self) -> None:
-        Spec(CUSTOMER).when(self.ERASE).then_refused("unknown-customer")
+        Spec(CUSTOMER).when(self.ERASE).then_refused("customer-not-found")
 
 
 @pytest.mark.req("LI-02")
@@ -213,7 +213,7 @@ class TestActivity:
         assert len(Spec(ACTIVITY).when(command).events) == 1
 
     def test_without_a_customer_it_is_refused(self) -> None:
-        Spec(ACTIVITY).when(RecordBehaviour(LEAD_ID, "page_viewed", NOW, NOW)).then_refused("unknown-customer")
+        Spec(ACTIVITY).when(RecordBehaviour(LEAD_ID, "page_viewed", NOW, NOW)).then_refused("customer-not-found")
 
     def test_streams_are_cut_by_month(self) -> None:
         assert month_key(CUSTOMER_ID, NOW) == f"{CUSTOMER_ID}-202405"

@@ -48,7 +48,7 @@ def month_key(customer_id: UUID, at: datetime) -> str:
 def decide(command: RecordBehaviour, _: None) -> Sequence[Event]:
     """A behaviour is a fact: it is refused only when its time cannot be. Its id makes a resend safe, outside of the stream."""
     if command.customer_id is None:
-        raise Refused("unknown-customer", "give customer_id or lead_id", "customer_id")
+        raise Refused("customer-not-found", "give customer_id or lead_id", "customer_id")
     if command.occurred_at > command.received_at + AHEAD:
         raise Refused(
             "in-the-future", "occurred_at is more than five minutes ahead of the service's clock", "occurred_at"

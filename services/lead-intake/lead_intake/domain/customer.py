@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
@@ -73,7 +74,7 @@ def decide(command: CustomerCommand, customer: Customer) -> Sequence[Event]:
             return (CustomerRegistered(customer_id=customer_id, number=number, kind=kind),)
         case EraseCustomer(customer_id, reason):
             if customer.number is None:
-                raise Refused("unknown-customer", "there is no customer with this id")
+                raise Refused("customer-not-found", "there is no customer with this id")
             if customer.erased:
                 return ()
             return (
@@ -92,4 +93,4 @@ def evolve(customer: Customer, event: Event) -> Customer:
     return customer
 
 
-CUSTOMER: Decider[CustomerCommand, Customer] = Decider("customer", Customer(), decide, evolve)
+CUSTOMER: Decider[Any, Customer] = Decider("customer", Customer(), decide, evolve)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from uuid import UUID
 
 from kehu.decider import Decider, Refused
@@ -76,4 +76,4 @@ def evolve(current: Import, event: Event) -> Import:
     return current
 
 
-IMPORT: Decider[ImportCommand, Import] = Decider("import", Import(), decide, evolve)
+IMPORT: Decider[Any, Import] = Decider("import", Import(), decide, evolve)

@@ -224,7 +224,7 @@ def _of_changed(
 def _workable(lead: Lead) -> UUID:
     """The customer of a lead that can still be worked on, else a refusal."""
     if lead.status == "new" or lead.customer_id is None:
-        raise Refused("unknown-lead", "there is no lead with this id")
+        raise Refused("lead-not-found", "there is no lead with this id")
     if lead.status == "merged":
         raise Refused("lead-merged", f"the lead was merged: work on lead {lead.survivor}")
     if lead.status == "rejected":
@@ -248,4 +248,4 @@ def evolve(lead: Lead, event: Event) -> Lead:
     return lead
 
 
-LEAD: Decider[LeadCommand, Lead] = Decider("lead", Lead(), decide, evolve)
+LEAD: Decider[Any, Lead] = Decider("lead", Lead(), decide, evolve)

@@ -21,7 +21,9 @@ __all__ = [
     "email_for_matching",
 ]
 
-_PLAIN_FIELDS = ("industry", "region", "size", "title")
+# Cleaning can make a text longer: composed characters of some scripts come apart, legal forms get their dots.
+LONGEST_TEXT = 500
+_LONGEST = {"note": 10_000}
 
 
 class UncleanInput(ValueError):
@@ -82,7 +84,9 @@ def clean_profile(
         except Unclean as problem:
             problems.append(problem)
             continue
-        if text:
+        if len(text) > _LONGEST.get(field, LONGEST_TEXT):
+            problems.append(_too_long(field))
+        elif text:
             cleaned[field] = text
         corrections.extend(Correction(field=field, rule=rule) for rule in rules)
     plain: dict[str, str | None] = {
@@ -100,6 +104,8 @@ def clean_profile(
         except Unclean as problem:
             problems.append(problem)
             continue
+        if len(text) > LONGEST_TEXT:
+            problems.append(_too_long(field))
         plain[field] = text or None
         if rules:
             corrections.extend(Correction(field=field, rule=rule, before=value, after=text) for rule in rules)
@@ -112,6 +118,10 @@ def clean_profile(
         corrections=tuple(corrections),
         **plain,
     )
+
+
+def _too_long(field: str) -> Unclean:
+    return Unclean(field, "too-long", f"has more than {_LONGEST.get(field, LONGEST_TEXT)} characters")
 
 
 def _clean_name(value: str) -> tuple[str, tuple[str, ...]]:

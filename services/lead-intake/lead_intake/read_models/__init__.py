@@ -1,0 +1,1 @@
+"""What lead-intake answers to questions."""
