@@ -403,26 +403,20 @@ class CommandHandler:
                     progress.write(connection)
 
     def _sealed(self, decided: list[tuple[int, Plan, list[Pending]]]) -> list[Pending]:
-        made: dict[str, bytes | None] = {}
-        wanted: set[str] = set()
-        for _, plan, new in decided:
-            made.update(plan.keys)
-            wanted.update(
-                p.envelope.customer_id for p in new if p.envelope.customer_id is not None and needs_key(p.event)
-            )
-        missing = wanted - made.keys()
-        keys = {**self.keyring.keys(missing), **made} if missing else made
-        sealed: list[Pending] = []
-        for _, _, new in decided:
-            for pending in new:
-                if needs_key(pending.event):
-                    customer = pending.envelope.customer_id
-                    key = keys.get(customer) if customer is not None else None
-                    if customer is None or key is None:
-                        raise Conflict("customer_erased")  # its key went between the decision and now: decide again
-                    pending = Pending(pending.envelope, seal(pending.event, pending.envelope.id, customer, key))
-                sealed.append(pending)
-        return sealed
+        pending = [p for _, _, new in decided for p in new]
+        plain = {i: p.envelope.customer_id for i, p in enumerate(pending) if needs_key(p.event)}
+        keys: dict[str | None, bytes | None] = {}
+        for _, plan, _ in decided:
+            keys.update(plan.keys)
+        missing = {customer for customer in plain.values() if customer is not None and customer not in keys}
+        if missing:
+            keys.update(self.keyring.keys(missing))
+        for i, customer in plain.items():
+            key = keys.get(customer)
+            if customer is None or key is None:
+                raise Conflict("customer_erased")  # its key went between the decision and now: decide again
+            pending[i] = Pending(pending[i].envelope, seal(pending[i].event, pending[i].envelope.id, customer, key))
+        return pending
 
 
 class _VersionLost(Exception):

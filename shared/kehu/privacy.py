@@ -49,22 +49,25 @@ def _aad(customer_id: str, event_id: UUID | str, field: str) -> bytes:
 def seal(event: Event, event_id: UUID, customer_id: str, key: bytes) -> Event:
     """The event with every plain Personal field sealed under the customer's key."""
     sealed: dict[str, Personal[object]] = {}
+    cipher: AESGCM | None = None
     for field, adapter in event.PERSONAL.items():
         value = getattr(event, field)
         if isinstance(value, Personal) and value.state is PersonalState.PLAIN:
+            cipher = cipher or AESGCM(key)
             nonce = os.urandom(_NONCE)
             content = adapter.dump_json(value.plain, exclude_none=True)
-            token = nonce + AESGCM(key).encrypt(nonce, content, _aad(customer_id, event_id, field))
+            token = nonce + cipher.encrypt(nonce, content, _aad(customer_id, event_id, field))
             sealed[field] = Personal.sealed(base64.b64encode(token).decode())
     return event.model_copy(update=sealed) if sealed else event
 
 
 def needs_key(event: Event) -> bool:
     """Whether the event holds personal data that is not sealed yet."""
-    return any(
-        isinstance(value := getattr(event, field), Personal) and value.state is PersonalState.PLAIN
-        for field in event.PERSONAL
-    )
+    for field in event.PERSONAL:
+        value = getattr(event, field)
+        if value is not None and value.state is PersonalState.PLAIN:
+            return True
+    return False
 
 
 def opened(recorded: Recorded, key: bytes | None) -> Event:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 from uuid import UUID
@@ -96,6 +96,9 @@ class Envelope:
 
 
 def _text(at: datetime) -> str:
+    """RFC 3339 in UTC, so that the text sorts as the time does."""
+    if at.tzinfo is not UTC:
+        at = at.astimezone(UTC)
     return at.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
