@@ -5,7 +5,9 @@ from analytics.read_models.customer_timeline import CustomerTimeline
 from analytics.read_models.event_counts import EventCounts
 from analytics.read_models.lead_journey import LeadJourney
 
-READ_MODELS: dict[str, type[GenerationalModel]] = {model.name: model for model in (CustomerTimeline, LeadJourney, EventCounts)}
+READ_MODELS: dict[str, type[GenerationalModel]] = {
+    model.name: model for model in (CustomerTimeline, LeadJourney, EventCounts)
+}
 
 __all__ = [
     "READ_MODELS",

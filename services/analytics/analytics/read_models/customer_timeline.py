@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
+from uuid import UUID
 
 import orjson
 
@@ -14,6 +17,8 @@ from kehu.postgres import Connection
 # A summary is for reading on a screen: short values of the event's own fields, at most this many.
 MAX_FIELDS = 20
 MAX_TEXT = 200
+# Sorts after every entry.
+_NEWEST = (datetime.max.replace(tzinfo=UTC), UUID(int=2**128 - 1))
 
 
 class CustomerTimeline(GenerationalModel):
@@ -26,7 +31,17 @@ class CustomerTimeline(GenerationalModel):
 
     def apply(self, connection: Connection, events: Sequence[Recorded]) -> None:
         rows = [
-            (e.customer_id, e.time, e.recorded, e.type, e.stream, e.version, e.producer, e.id, orjson.dumps(summary(e)).decode())
+            (
+                e.customer_id,
+                e.time,
+                e.recorded,
+                e.type,
+                e.stream,
+                e.version,
+                e.producer,
+                e.id,
+                orjson.dumps(summary(e)).decode(),
+            )
             for e in events
             if e.customer_id is not None
         ]
@@ -79,3 +94,29 @@ def _personal_fields(wire: str) -> frozenset[str]:
         except UnknownEvent:
             return frozenset()
     return _personal[wire]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One event of a customer."""
+
+    time: datetime
+    recorded: datetime
+    type: str
+    stream: str
+    version: int
+    service: str
+    event_id: UUID
+    summary: dict[str, Any]
+
+
+def timeline(
+    connection: Connection, customer_id: UUID, before: tuple[datetime, UUID] | None, limit: int
+) -> list[Entry]:
+    """The newest `limit` events of a customer, or those before an entry of the page before, newest first."""
+    rows = connection.execute(
+        "SELECT time, recorded, type, stream, version, service, event_id, summary FROM customer_timeline_v1"
+        " WHERE customer_id = %s AND (time, event_id) < (%s, %s) ORDER BY time DESC, event_id DESC LIMIT %s",
+        (customer_id, *(before or _NEWEST), limit),
+    ).fetchall()
+    return [Entry(*row) for row in rows]

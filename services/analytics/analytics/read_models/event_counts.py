@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
 
 from analytics.read_models.base import GenerationalModel
 from kehu.events import Event, Recorded
@@ -30,3 +32,31 @@ class EventCounts(GenerationalModel):
                 ),
                 [list(column) for column in zip(*rows, strict=True)],
             )
+
+
+@dataclass(frozen=True, slots=True)
+class DayCount:
+    """Events of one type on one day."""
+
+    day: date
+    service: str
+    type: str
+    events: int
+
+
+def counts(
+    connection: Connection,
+    first: date,
+    last: date,
+    service: str | None = None,
+    type_: str | None = None,
+    most: int = 10_000,
+) -> list[DayCount]:
+    """The counts of the days from `first` to `last`, both included, oldest first, at most `most` rows."""
+    rows = connection.execute(
+        "SELECT day, service, type, events FROM event_counts_v1 WHERE day BETWEEN %(first)s AND %(last)s"
+        " AND (%(service)s::text IS NULL OR service = %(service)s) AND (%(type)s::text IS NULL OR type = %(type)s)"
+        " ORDER BY day, service, type LIMIT %(most)s",
+        {"first": first, "last": last, "service": service, "type": type_, "most": most},
+    ).fetchall()
+    return [DayCount(*row) for row in rows]

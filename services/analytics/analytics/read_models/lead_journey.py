@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import Any
+from datetime import UTC, date, datetime
+from typing import Any, LiteralString
 from uuid import UUID
 
 from analytics.read_models.base import GenerationalModel
@@ -164,7 +164,15 @@ class LeadJourney(GenerationalModel):
             match recorded.event:
                 case LeadCaptured() as e:
                     month = recorded.time.astimezone(self.timezone).date().replace(day=1)
-                    facts.captured[e.lead_id] = (e.lead_id, e.customer_id, e.channel, e.campaign, e.source, recorded.time, month)
+                    facts.captured[e.lead_id] = (
+                        e.lead_id,
+                        e.customer_id,
+                        e.channel,
+                        e.campaign,
+                        e.source,
+                        recorded.time,
+                        month,
+                    )
                     facts.touched.add(e.customer_id)
                 case LeadMerged() as e:
                     facts.merged[e.lead_id] = (e.lead_id, e.customer_id, e.survivor_lead_id, recorded.time)
@@ -197,7 +205,8 @@ class LeadJourney(GenerationalModel):
             return set()
         conversions: dict[UUID, list[Conversion]] = {}
         for customer, lead_id, time in connection.execute(
-            self.sql("SELECT customer_id, lead_id, time FROM {lead_journey_conversions} WHERE customer_id = ANY(%s)"), [list(customers)]
+            self.sql("SELECT customer_id, lead_id, time FROM {lead_journey_conversions} WHERE customer_id = ANY(%s)"),
+            [list(customers)],
         ):
             conversions.setdefault(customer, []).append(Conversion(lead_id, time))
         if not conversions:
@@ -242,3 +251,52 @@ class LeadJourney(GenerationalModel):
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """How the leads of one group fared. Merged leads count as the lead that they became part of."""
+
+    group: str
+    leads: int
+    qualified: int
+    converted: int
+    rejected: int
+
+
+# What the leads can be grouped by.
+GROUPS: Mapping[str, LiteralString] = {
+    "channel": "coalesce(channel, '')",
+    "month": "to_char(month, 'YYYY-MM')",
+    "score-band": "CASE WHEN scored IS NULL THEN 'none' WHEN scored >= %(hot)s THEN 'hot' WHEN scored >= %(warm)s THEN 'warm'"
+    " ELSE 'cold' END",
+}
+
+
+def conversion(
+    connection: Connection,
+    by: str,
+    first: date | None = None,
+    last: date | None = None,
+    channel: str | None = None,
+    hot: float = 80.0,
+    warm: float = 40.0,
+) -> list[Group]:
+    """Leads that were captured, qualified, converted and rejected, by channel, month or score band.
+
+    The score of a lead is the last one before its conversion, or the newest of a lead that has not converted.
+
+    Args:
+        by: a key of GROUPS.
+        first, last: months of the capture, both included; None is no limit.
+        hot, warm: lower edges of the score bands.
+    """
+    rows = connection.execute(
+        f"SELECT {GROUPS[by]} AS label, count(*), count(qualified_at), count(converted_at), count(rejected_at)"
+        " FROM (SELECT *, CASE WHEN converted_at IS NULL THEN score ELSE score_at_conversion END AS scored"
+        " FROM lead_journey_v1) j"
+        " WHERE captured_at IS NOT NULL AND merged_into IS NULL"
+        " AND (%(first)s::date IS NULL OR month >= %(first)s) AND (%(last)s::date IS NULL OR month <= %(last)s)"
+        " AND (%(channel)s::text IS NULL OR channel = %(channel)s)"
+        " GROUP BY label ORDER BY label",
+        {"first": first, "last": last, "channel": channel, "hot": hot, "warm": warm},
+    ).fetchall()
+    return [Group(*row) for row in rows]

@@ -73,7 +73,10 @@ def history(seed: int, customers: int, behaviours: int = 8, days: int = 120) -> 
     rng = random.Random(seed)
     made = History()
     intake, scoring = _Writer("lead-intake", made.lead_intake, rng), _Writer("scoring", made.scoring, rng)
-    lives = [_life(rng, intake, scoring, behaviours, START + timedelta(seconds=rng.uniform(0, days * 86400))) for _ in range(customers)]
+    lives = [
+        _life(rng, intake, scoring, behaviours, START + timedelta(seconds=rng.uniform(0, days * 86400)))
+        for _ in range(customers)
+    ]
     while lives:  # customers take turns, so that their events lie mixed in the topics
         life = rng.choice(lives[:50])
         if next(life, None) is None:
@@ -88,7 +91,10 @@ def _life(rng: random.Random, intake: _Writer, scoring: _Writer, behaviours: int
     score = 0.0
     qualified: set[UUID] = set()
     intake.write(
-        f"customer-{customer}", CustomerRegistered(customer_id=customer, number=f"CRM2026{rng.randrange(10**6):06d}", kind="company"), customer, at
+        f"customer-{customer}",
+        CustomerRegistered(customer_id=customer, number=f"CRM2026{rng.randrange(10**6):06d}", kind="company"),
+        customer,
+        at,
     )
     yield True
     for turn in range(rng.choice((1, 1, 1, 2, 3))):
@@ -115,7 +121,9 @@ def _life(rng: random.Random, intake: _Writer, scoring: _Writer, behaviours: int
         if open_lead is not None:
             intake.write(
                 f"lead-{lead}",
-                LeadMerged(lead_id=lead, customer_id=customer, survivor_lead_id=open_lead, confidence=1.0, rule="exact_phone"),
+                LeadMerged(
+                    lead_id=lead, customer_id=customer, survivor_lead_id=open_lead, confidence=1.0, rule="exact_phone"
+                ),
                 customer,
                 at,
             )
@@ -148,10 +156,13 @@ def _life(rng: random.Random, intake: _Writer, scoring: _Writer, behaviours: int
                     customer_id=customer,
                     score=score,
                     previous=before,
+                    band="hot" if score >= 80 else "warm" if score >= 40 else "cold",
+                    qualified=score >= 80,
                     parts=(Part(rule="behaviour", dimension="depth", points=score, count=1, events=(cause,)),),
                     cause="behaviour",
                     cause_events=(cause,),
                     model_version=1,
+                    at=at,
                 ),
                 customer,
                 at,
@@ -160,7 +171,15 @@ def _life(rng: random.Random, intake: _Writer, scoring: _Writer, behaviours: int
                 qualified.add(open_lead)
                 scoring.write(
                     f"lead_score-{open_lead}",
-                    LeadQualified(lead_id=open_lead, customer_id=customer, score=score, threshold=80.0, model_version=1),
+                    LeadQualified(
+                        lead_id=open_lead,
+                        customer_id=customer,
+                        score=score,
+                        band="hot",
+                        threshold=80.0,
+                        model_version=1,
+                        at=at,
+                    ),
                     customer,
                     at,
                 )
@@ -181,6 +200,11 @@ def _life(rng: random.Random, intake: _Writer, scoring: _Writer, behaviours: int
             yield True
         if turn == 0 and rng.random() < 0.15:
             at += timedelta(seconds=rng.uniform(1, 3600))
-            intake.write(f"lead-{open_lead}", LeadRejected(lead_id=open_lead, customer_id=customer, reason="no_budget"), customer, at)
+            intake.write(
+                f"lead-{open_lead}",
+                LeadRejected(lead_id=open_lead, customer_id=customer, reason="no_budget"),
+                customer,
+                at,
+            )
             open_lead = None
             yield True
