@@ -9,13 +9,11 @@ from typing import Any, Literal
 from uuid import UUID
 
 from kehu.clock import Clock
-from kehu.commands import Handles, Plan, Request, Step, on
+from kehu.commands import Handles, Plan, Request, Step
 from kehu.decider import Decider
 from kehu.events import Event
 from kehu.eventstore import Pending
 from kehu.postgres import Connection, Row
-from scoring import inputs
-from scoring.books import Books, model_rows
 from scoring.domain.evaluation import Rulebook
 from scoring.domain.knowledge import (
     BehaviourSeen,
@@ -30,6 +28,8 @@ from scoring.domain.knowledge import (
 from scoring.domain.lead_score import LEAD_SCORE, Assessment, Cause, LeadScore, Rescore, assess, evolve
 from scoring.domain.scoring_model import MODEL, MODELS, PublishModel
 from scoring.processes import decay
+from scoring.read_models import inputs
+from scoring.read_models.published_models import Books, model_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def handlers(books: Books, clock: Clock) -> Mapping[type[Any], Handles]:
     return {
         Learn: Handles(scoring.plan, scoring.learn),
         Reconsider: Handles(scoring.plan, scoring.reconsider),
-        PublishModel: on(MODELS, lambda _: MODEL, rows=model_rows),
+        PublishModel: Handles(publish),
     }
 
 
@@ -151,6 +151,15 @@ class Scoring:
                 yield decay.start(rescore.lead_id, due)
 
         return Plan([step], rows=rows)
+
+
+def publish(request: Request[PublishModel], _: None) -> Plan:
+    """The next version of the model, and its row."""
+
+    def result(new: Sequence[Pending]) -> Mapping[str, Any]:
+        return {"published": bool(new), "model_version": new[0].envelope.version if new else None}
+
+    return Plan([Step(f"{MODELS.stream}-{MODEL}", MODELS, request.command)], result, model_rows)
 
 
 def _rescore(

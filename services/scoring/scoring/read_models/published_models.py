@@ -12,8 +12,7 @@ from kehu.events.scoring import ScoringModel, ScoringModelPublished
 from kehu.eventstore import Pending
 from kehu.postgres import Connection, Row
 from scoring.domain.evaluation import Rulebook
-from scoring.domain.scoring_model import PublishModel
-from scoring.inputs import FOREVER
+from scoring.read_models.inputs import FOREVER
 
 
 class NoModel(RuntimeError):
@@ -65,7 +64,7 @@ def published(connection: Connection, before: int, limit: int) -> list[dict[str,
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-def model_rows(_: PublishModel, new: Sequence[Pending]) -> Iterable[Row]:
+def model_rows(new: Sequence[Pending]) -> Iterable[Row]:
     """The row of a model that was published now."""
     for pending in new:
         if isinstance(event := pending.event, ScoringModelPublished):

@@ -1,0 +1,155 @@
+"""How scoring is put together: its parts for each role, no logic."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+
+from kehu.clock import Clock
+from kehu.commands import CommandHandler, Context, Request
+from kehu.eventstore import EventStore
+from kehu.follower import Listener, Notifier
+from kehu.gate import CommandGate
+from kehu.http import create_app, serve
+from kehu.ids import derived
+from kehu.kafka.consumer import ConsumerRunner
+from kehu.kafka.relay import Relay
+from kehu.kafka.topics import topic_of
+from kehu.migrations import create_database, of_service
+from kehu.migrations import migrate as apply_migrations
+from kehu.postgres import Pool, open_pool
+from kehu.privacy import NoKeys
+from kehu.read_models import Projector
+from kehu.runtime import Service, current_role
+from kehu.timers import Timer, TimerRunner
+from scoring import subscriptions
+from scoring.api.routes import router
+from scoring.domain.default_model import DEFAULT_MODEL
+from scoring.domain.scoring_model import PublishModel
+from scoring.handlers import Reconsider, handlers
+from scoring.processes import decay
+from scoring.processes.rescoring import Rescoring
+from scoring.read_models.published_models import Books
+from scoring.read_models.scores import Scores
+from scoring.settings import ScoringSettings
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What roles are made of."""
+
+    settings: ScoringSettings
+    clock: Clock
+    pool: Pool
+    store: EventStore
+    books: Books
+    handler: CommandHandler
+
+
+@contextlib.contextmanager
+def parts(settings: ScoringSettings) -> Iterator[Parts]:
+    """The parts of one process, closed at its end."""
+    clock = settings.clock()
+    pool = open_pool(settings.database_url, "scoring", settings.pool_size)
+    notifier = Notifier(pool)
+    try:
+        store = EventStore(pool, "scoring")
+        books = Books()
+        handler = CommandHandler(store, handlers(books, clock), clock, NoKeys(), notifier.ring)
+        yield Parts(settings, clock, pool, store, books, handler)
+    finally:
+        notifier.stop()
+        pool.close()
+
+
+def migrate(settings: ScoringSettings) -> None:
+    """Bring the database up to date and publish the first model, both once."""
+    apply_migrations(create_database(settings.postgres_url, settings.database), of_service("scoring"))
+    with parts(settings) as made:
+        command_id = derived("scoring", "the first model")
+        context = Context("service:scoring", str(command_id), str(command_id))
+        command = PublishModel(DEFAULT_MODEL, "The model that a new suite begins with.", made.clock.now())
+        made.handler.handle([Request(command, command_id, context)])
+
+
+async def api(settings: ScoringSettings) -> None:
+    """The HTTP API."""
+    with parts(settings) as made:
+        await serve(app_of(made), settings)
+
+
+def app_of(made: Parts) -> FastAPI:
+    """The application over these parts."""
+    role = current_role()
+    return create_app(
+        made.settings,
+        title="Kehu scoring",
+        description="How ready is this lead, and why.",
+        routers=[router],
+        gate=CommandGate(made.handler),
+        health=role.health if role else None,
+        state={"clock": made.clock, "pool": made.pool, "store": made.store, "books": made.books},
+    )
+
+
+async def relay(settings: ScoringSettings) -> None:
+    """The log → Kafka."""
+    with parts(settings) as made:
+        await Relay(made.pool, made.store, settings.kafka_bootstrap, topic_of("scoring"), clock=made.clock).run()
+
+
+async def projector(settings: ScoringSettings) -> None:
+    """The log → lists."""
+    with parts(settings) as made:
+        async with Listener(settings.database_url) as listener:
+            await Projector(made.store, Scores()).run(listener)
+
+
+async def consumer(settings: ScoringSettings) -> None:
+    """Leads and behaviours → scores."""
+    with parts(settings) as made:
+        subscription = subscriptions.scores(made.handler)
+        await ConsumerRunner(made.pool, settings.kafka_bootstrap, "scoring", subscription).run()
+
+
+async def timer(settings: ScoringSettings) -> None:
+    """What goes on over time: scores that fade, and leads under a new model."""
+    with parts(settings) as made:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(timers(made).run(), name="decay")
+            tasks.create_task(Rescoring(made.handler, made.books, made.clock).run(), name="rescoring")
+
+
+def timers(made: Parts) -> TimerRunner:
+    """Fires the timers of fading scores."""
+    return TimerRunner(made.handler, made.clock, "scoring", {decay.PROCESS: let_fade})
+
+
+def let_fade(timer: Timer) -> Reconsider:
+    """A timer is due: look at the lead as of then."""
+    return Reconsider(decay.lead_of(timer), "decay", timer.due_at)
+
+
+def rebuild(settings: ScoringSettings) -> None:
+    """Build the read models from the beginning; the role `projector` must stand still."""
+    with parts(settings) as made:
+        Projector(made.store, Scores()).rebuild()
+
+
+SERVICE = Service(
+    "scoring",
+    ScoringSettings,
+    {
+        "migrate": migrate,
+        "api": api,
+        "relay": relay,
+        "projector": projector,
+        "consumer": consumer,
+        "timer": timer,
+        "rebuild": rebuild,
+    },
+)
