@@ -300,6 +300,15 @@ def test_when_the_keeper_is_killed_its_server_goes(no_addresses: None) -> None:
         assert "keeper.py" in " ".join(keeper.cmdline())
         keeper.kill()
         assert eventually(lambda: not postmaster.is_running() or postmaster.status() == psutil.STATUS_ZOMBIE)
+        assert stack.data_dir is not None
+        segment = (stack.data_dir / "postgres/data/postmaster.pid").read_text().splitlines()[6].split()[1]
+        assert segment in shared_memory()
+    assert segment not in shared_memory()
+
+
+def shared_memory() -> set[str]:
+    """The ids of the System V segments of this machine."""
+    return {line.split()[1] for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]}
 
 
 def test_ctrl_c_ends_the_command(no_addresses: None) -> None:

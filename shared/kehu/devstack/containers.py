@@ -47,8 +47,6 @@ def check_daemon() -> None:
     usual = ("/var/run/docker.sock", "~/.docker/run/docker.sock")
     if not any(Path(path).expanduser().exists() for path in ([host.removeprefix("unix://")] if host else usual)):
         raise DockerUnavailableError("no Docker daemon runs")
-    if Path("/.dockerenv").exists():
-        raise DockerUnavailableError("this is a container itself, published ports would not be on its loopback")
     try:
         from docker.errors import DockerException  # type: ignore[import-untyped]
         from testcontainers.core.docker_client import DockerClient
@@ -64,6 +62,8 @@ def check_daemon() -> None:
 
 def missing_images(image: str) -> list[str]:
     """Of the image and testcontainers' reaper, those that are not on this machine. Raises DockerUnavailableError."""
+    if Path("/.dockerenv").exists():
+        raise DockerUnavailableError("this is a container itself, and published ports may not be on its loopback")
     check_daemon()
     from docker.errors import DockerException, ImageNotFound
     from testcontainers.core.config import testcontainers_config
@@ -133,7 +133,10 @@ class ContainerServer:
             try:
                 with _creating:
                     container.start()
-            except (DockerException, OSError) as error:
+            except BaseException as error:
+                container.stop()  # one that was made and could not be started
+                if not isinstance(error, DockerException | OSError):
+                    raise
                 raise DevStackError(
                     f"{self.name} cannot be started from the image {self.image}: {error}\n"
                     "Set KEHU_DEVSTACK=embedded to do without Docker."

@@ -234,7 +234,7 @@ def remove_data(data_dir: Path) -> None:
     """Delete the data that a stack kept in this directory. Raises DevStackError while a stack runs on it."""
     for home, kind in ((data_dir / "postgres", EmbeddedPostgres), (data_dir / "kafka", EmbeddedKafka)):
         if home.is_dir():
-            kind(home.absolute(), throw_away=True).remove()
+            kind(home.absolute(), throw_away=False).remove()
     with contextlib.suppress(OSError):  # there may be other things in it
         data_dir.rmdir()
 
