@@ -237,15 +237,6 @@ HTTP_SECONDS = histogram(
     "kehu_http_request_seconds", "From the request to the whole answer.", "method", "route", buckets=SECONDS
 )
 HTTP_IN_FLIGHT = gauge("kehu_http_in_flight", "Requests under way.")
-APPENDED = counter("kehu_appended_total", "Events appended to the store.", "type")
-OUTBOX_DEPTH = gauge("kehu_outbox_depth", "Events in the store that are not on Kafka yet.")
-RELAYED = counter("kehu_relayed_total", "Events sent to Kafka.")
-CONSUMER_LAG = gauge("kehu_consumer_lag", "Events on Kafka that are not handled yet.", "consumer", "topic", "partition")
-OLDEST_UNHANDLED = gauge(
-    "kehu_oldest_unhandled_seconds", "Age of the oldest event that is not handled yet.", "consumer"
-)
-CONSUMED = counter("kehu_consumed_total", "Events handled, by outcome.", "consumer", "outcome")
-PARKED = gauge("kehu_parked_events", "Events that wait for a person.", "consumer")
 
 
 def metrics_page() -> bytes:
