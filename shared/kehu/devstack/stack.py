@@ -129,6 +129,8 @@ class DevStack:
         self._given = data_dir is not None
         asked: dict[Piece, bool] = {"postgres": postgres, "kafka": kafka}
         self._wanted = [piece for piece, wanted in asked.items() if wanted]
+        if not self._wanted:
+            raise ValueError("a stack of neither PostgreSQL nor Kafka")
         self._servers: dict[Piece, Server] = {}
         self._choices: dict[Piece, Choice] = {}
         self._address: Address | None = None
@@ -145,11 +147,10 @@ class DevStack:
                 self._choices[piece] = choose(piece, kept=self._given)
             for piece in self._wanted:
                 self._servers[piece] = self._make(piece, self._choices[piece].origin)
-            *others, last = self._servers.values() or [None]
+            *others, last = self._servers.values()
             with ThreadPoolExecutor(1, "devstack") as threads:
-                starts = [threads.submit(server.start) for server in others if server is not None]
-                if last is not None:
-                    last.start()  # in this thread: Kafka may have to be fetched, and Ctrl-C ends that
+                starts = [threads.submit(server.start) for server in others]
+                last.start()  # in this thread: Kafka may have to be fetched, and Ctrl-C ends that
             for done in starts:
                 done.result()
         except BaseException:
