@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
@@ -69,23 +69,33 @@ def handlers(books: Books, clock: Clock) -> Mapping[type[Any], Handles]:
     }
 
 
-@dataclass(slots=True)
-class Prepared:
-    """What a command comes down to: a lead to score, or none, and rows to keep.
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What the commands of a batch share.
 
     Args:
-        assessment: what became of it, once it is decided; the timer that follows from it needs more than its events.
+        known: what is known at the end of the batch.
+        assessed: what became of each lead last, as far as it is decided: its timer follows from more than its events.
     """
+
+    known: Knowledge
+    assessed: dict[UUID, Assessment] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a command comes down to: a lead to score, or none, and rows to keep."""
 
     rescore: Rescore | None
     rows: Sequence[Row]
-    assessment: Assessment | None = None
+    batch: Batch
 
 
 def _assess(prepared: Prepared, state: LeadScore) -> Sequence[Event]:
     assert prepared.rescore is not None
-    prepared.assessment = assess(prepared.rescore, state)
-    return prepared.assessment.events
+    assessment = assess(prepared.rescore, state)
+    prepared.batch.assessed[prepared.rescore.lead_id] = assessment
+    return assessment.events
 
 
 _ASSESSING: Decider[Prepared, LeadScore] = Decider(LEAD_SCORE.stream, LEAD_SCORE.initial, _assess, evolve)
@@ -104,9 +114,11 @@ class Scoring:
         book = self.books.in_force(connection)
         known = inputs.load(connection, {fact.customer_id for fact in facts}, survivors)
         now = self.clock.now()
-        return [self._learn(request.command, book, known, now) for request in requests]
+        batch = Batch(known)
+        return [self._learn(request.command, book, batch, now) for request in requests]
 
-    def _learn(self, command: Learn, book: Rulebook, known: Knowledge, now: datetime) -> Prepared:
+    def _learn(self, command: Learn, book: Rulebook, batch: Batch, now: datetime) -> Prepared:
+        known = batch.known
         fact = command.fact
         touched = {lead.lead_id: None for lead in known.learn(fact, now)}
         lead = known.scored(fact.customer_id)
@@ -118,22 +130,23 @@ class Scoring:
                 touched[lead.lead_id] = None
         rows = [*inputs.fact_rows(fact, now), *(inputs.lead_row(known.leads[lead_id]) for lead_id in touched)]
         rows += [decay.stop(lead_id) for lead_id in touched if known.leads[lead_id].closed_at is not None]
-        return Prepared(rescore, rows)
+        return Prepared(rescore, rows, batch)
 
     def reconsider(self, connection: Connection, requests: Sequence[Request[Reconsider]]) -> list[Prepared]:
         """Score leads again from what is known of them. A lead that has ended meanwhile is left alone."""
         book = self.books.in_force(connection)
         known = inputs.load(connection, (), {request.command.lead_id for request in requests})
         prepared: list[Prepared] = []
+        batch = Batch(known)
         for request in requests:
             command = request.command
             lead = known.leads.get(command.lead_id)
             if lead is None or lead.closed_at is not None:
-                prepared.append(Prepared(None, ()))
+                prepared.append(Prepared(None, (), batch))
             else:
                 rescore = _rescore(lead, known, book, command.cause, command.at, ())
                 rows = [inputs.scored_row(lead.lead_id, book.version)] if lead.model_version != book.version else ()
-                prepared.append(Prepared(rescore, rows))
+                prepared.append(Prepared(rescore, rows, batch))
         return prepared
 
     def plan(self, _: Request[Any], prepared: Prepared) -> Plan:
@@ -147,7 +160,10 @@ class Scoring:
 
         def rows(_: Sequence[Pending]) -> Iterable[Row]:
             yield from prepared.rows
-            if prepared.assessment is not None and (due := prepared.assessment.next_change) is not None:
+            # Asked for when all of the batch is decided: one timer for each lead, by what became of it last.
+            last = prepared.batch.assessed.pop(rescore.lead_id, None)
+            ended = prepared.batch.known.leads[rescore.lead_id].closed_at is not None
+            if last is not None and not ended and (due := last.next_change) is not None:
                 yield decay.start(rescore.lead_id, due)
 
         return Plan([step], rows=rows)

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from kehu.events.scoring import Band, Condition, Dimension, Part, Rule, ScoringModel
+from kehu.events.scoring import Band, Condition, Part, Rule, ScoringModel
 
 # Hundredths of a point in a point.
 UNIT = 100
@@ -26,6 +26,8 @@ MOST_EVENTS = 10
 MOST_SPANS = 2_000
 
 Attributes = Mapping[str, Any]
+# Sums by dimension are lists in this order.
+DIMENSIONS = ("frequency", "depth", "fit")
 DAY = 86_400.0
 SECOND = timedelta(seconds=1)
 
@@ -87,10 +89,17 @@ def _order(item: ProfileInput | BehaviourInput) -> tuple[datetime, int]:
 
 @dataclass(frozen=True, slots=True)
 class CompiledRule:
-    """A rule in the form that is fast to apply: a test, points, the cap in hundredths and the half-life in seconds."""
+    """A rule in the form that is fast to apply.
+
+    Args:
+        dimension: its place in DIMENSIONS.
+        cap: in hundredths.
+        half_life: in seconds.
+        attributes: what its conditions look at.
+    """
 
     name: str
-    dimension: Dimension
+    dimension: int
     points: float
     cap: int
     half_life: float | None
@@ -114,7 +123,7 @@ class Rulebook:
     def __init__(self, model: ScoringModel, version: int, since: datetime) -> None:
         self.model, self.version, self.since = model, version, since
         self.base = round(model.base * UNIT)
-        self.caps = {dimension: round(points * UNIT) for dimension, points in model.caps.items()}
+        self.caps = tuple(round(model.caps[dimension] * UNIT) for dimension in DIMENSIONS)  # type: ignore[index]
         self.rules = tuple(_compile(rule) for rule in model.rules)
         about_behaviour = [
             (index, frozenset(rule.behaviours)) for index, rule in enumerate(model.rules) if rule.dimension != "fit"
@@ -126,19 +135,19 @@ class Rulebook:
             for kind in frozenset().union(*(kinds for _, kinds in about_behaviour))
         }
 
-    def sums(self, contributions: Iterable[Contribution]) -> dict[Dimension, int]:
+    def sums(self, contributions: Iterable[Contribution]) -> list[int]:
         """What contributions give by dimension, in hundredths, before the caps of the dimensions."""
-        sums: dict[Dimension, int] = {}
+        sums = [0, 0, 0]
         for each in contributions:
-            sums[each.rule.dimension] = sums.get(each.rule.dimension, 0) + each.units
+            sums[each.rule.dimension] += each.units
         return sums
 
-    def total(self, sums: Mapping[Dimension, int]) -> int:
+    def total(self, sums: Sequence[int]) -> int:
         """The score in hundredths: base and dimensions, each under its cap, within the scale."""
         total = self.base
-        for dimension, units in sums.items():
-            total += min(units, self.caps[dimension])
-        return max(0, min(HIGHEST, total))
+        for units, cap in zip(sums, self.caps, strict=True):
+            total += min(cap, units)
+        return 0 if total < 0 else min(total, HIGHEST)
 
     def about(self, kind: str) -> tuple[int, ...]:
         """The rules, by index, that look at behaviours of this kind."""
@@ -156,7 +165,7 @@ def _compile(rule: Rule) -> CompiledRule:
 
     return CompiledRule(
         name=rule.name,
-        dimension=rule.dimension,
+        dimension=DIMENSIONS.index(rule.dimension),
         points=rule.points,
         # Nothing can count for more than a hundred times the whole scale, however many behaviours there are.
         cap=round(rule.cap * UNIT) if rule.cap is not None else HIGHEST * 100,
@@ -187,8 +196,8 @@ def _test(condition: Condition) -> Callable[[Any], bool]:
         case "ne":
             return lambda value: value is not None and not _same(value, wanted)
         case "in":
-            choices = wanted if isinstance(wanted, tuple) else (wanted,)
-            return lambda value: any(_same(value, choice) for choice in choices)
+            choices = frozenset((isinstance(choice, bool), choice) for choice in wanted)
+            return lambda value: (isinstance(value, bool), value) in choices
         case "ge":
             return lambda value: _is_number(value) and value >= wanted
         case "gt":
@@ -247,13 +256,19 @@ class Evaluation:
         for each in self.contributions:
             if each.units:
                 total += each.units
-                name, dimension, points = each.rule.name, each.rule.dimension, each.units / UNIT
-                parts.append(Part(rule=name, dimension=dimension, points=points, count=each.count, events=each.events))
-        for capped, units in self.book.sums(self.contributions).items():
-            over = units - self.book.caps[capped]
-            if over > 0:
-                total -= over
-                parts.append(Part(rule=f"cap.{capped}", dimension="cap", points=-over / UNIT))
+                parts.append(
+                    Part(
+                        rule=each.rule.name,
+                        dimension=DIMENSIONS[each.rule.dimension],  # type: ignore[arg-type]
+                        points=each.units / UNIT,
+                        count=each.count,
+                        events=each.events,
+                    )
+                )
+        for name, units, cap in zip(DIMENSIONS, self.book.sums(self.contributions), self.book.caps, strict=True):
+            if units > cap:
+                total += cap - units
+                parts.append(Part(rule=f"cap.{name}", dimension="cap", points=(cap - units) / UNIT))
         if total != self.units:
             parts.append(Part(rule="cap.score", dimension="cap", points=(self.units - total) / UNIT))
         return tuple(parts)
@@ -291,7 +306,7 @@ class Evaluation:
             sums = steady.copy()
             for dimension, start, half_life, cap in curves:
                 units = round(start * 0.5 ** ((points_after if start > 0 else penalties_after) / half_life))
-                sums[dimension] = sums.get(dimension, 0) + max(-cap, min(cap, units))
+                sums[dimension] += cap if units > cap else max(units, -cap)
             return self.book.total(sums)
 
         spans = [(0, last)]

@@ -61,12 +61,13 @@ _SCORED = Unnest(
 )
 _PROFILE = Unnest(
     "INSERT INTO profile_inputs (event_id, customer_id, time, recorded, attributes)"
-    " SELECT * FROM unnest(%s::uuid[], %s::uuid[], %s::timestamptz[], %s::timestamptz[], %s::jsonb[]) AS new (e, c, t, r, a)"
+    " SELECT e, c, t, r, a::jsonb FROM"
+    " unnest(%b::uuid[], %b::uuid[], %b::timestamptz[], %b::timestamptz[], %b::text[]) AS new (e, c, t, r, a)"
     " ORDER BY e ON CONFLICT DO NOTHING"
 )
 _BEHAVIOUR = Unnest(
-    "INSERT INTO behaviour_inputs (event_id, customer_id, kind, time, recorded, attributes) SELECT * FROM"
-    " unnest(%s::uuid[], %s::uuid[], %s::text[], %s::timestamptz[], %s::timestamptz[], %s::jsonb[]) AS new (e, c, k, t, r, a)"
+    "INSERT INTO behaviour_inputs (event_id, customer_id, kind, time, recorded, attributes) SELECT e, c, k, t, r, a::jsonb"
+    " FROM unnest(%b::uuid[], %b::uuid[], %b::text[], %b::timestamptz[], %b::timestamptz[], %b::text[]) AS new (e, c, k, t, r, a)"
     " ORDER BY e ON CONFLICT DO NOTHING"
 )
 
