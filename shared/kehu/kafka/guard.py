@@ -155,33 +155,33 @@ def judge(items: Sequence[Item], versions: dict[str, int], parked: Mapping[str, 
         anywhere: the first version seen of an unknown stream is taken as it is; else it must be 1.
     """
     verdict = Verdict()
-    stopped: set[str] = set()
+    # The first version of each stream that is parked: only what comes before it may still be applied.
+    first_parked = {stream: waiting.first for stream, waiting in parked.items()}
+
+    def park(item: Item, status: str, error: str) -> None:
+        verdict.parking.append(Parking(item, status, error))
+        if item.version is not None:
+            first_parked[item.stream] = min(first_parked.get(item.stream, item.version), item.version)
+
     for item in items:
         recorded = item.recorded
         if recorded is None:
-            verdict.parking.append(Parking(item, "waiting", item.poison or "malformed"))
+            park(item, "waiting", item.poison or "malformed")
             continue
         stream, version = recorded.stream, recorded.version
         known = versions.get(stream, -1)
         if version <= known:
             verdict.repeats += 1
             continue
-        if stream in stopped:
-            verdict.parking.append(Parking(item, "behind", "an earlier event of the stream waits"))
-            continue
-        waiting = parked.get(stream)
         next_one = version == known + 1 or (known < 0 and (version == 1 or anywhere))
-        if waiting is not None and not (next_one and version < waiting.first):
-            verdict.parking.append(Parking(item, "behind", "an earlier event of the stream waits"))
+        first = first_parked.get(stream)
+        if first is not None and not (next_one and version < first):
+            park(item, "behind", "an earlier event of the stream waits")
         elif item.poison is not None:
-            stopped.add(stream)
-            verdict.parking.append(Parking(item, "waiting", item.poison))
+            park(item, "waiting", item.poison)
         elif not next_one:
-            stopped.add(stream)
             verdict.holes += 1
-            verdict.parking.append(
-                Parking(item, "waiting", f"hole: expected version {max(known, 0) + 1}, got {version}")
-            )
+            park(item, "waiting", f"hole: expected version {max(known, 0) + 1}, got {version}")
         else:
             versions[stream] = verdict.versions[stream] = version
             if item.wanted:

@@ -22,9 +22,13 @@ _REQUESTS = """
 SELECT id, stream, version, topic, partition, request FROM parked_events
 WHERE consumer = %s AND request IS NOT NULL AND status IN ('waiting', 'behind') ORDER BY id LIMIT %s
 """
+# Streams that can go on: their first parked event did not fail itself, and it is the next one.
 _FILLED = """
-SELECT DISTINCT p.stream, p.topic, p.partition FROM parked_events p JOIN consumer_streams s USING (consumer, stream)
-WHERE p.consumer = %s AND p.status = 'waiting' AND p.error LIKE 'hole:%%' AND p.version <= s.version + 1 LIMIT %s
+SELECT h.stream, h.topic, h.partition FROM (
+    SELECT DISTINCT ON (stream) stream, version, topic, partition, status, error FROM parked_events
+    WHERE consumer = %(consumer)s AND stream <> '' AND status IN ('waiting', 'behind') ORDER BY stream, version, id
+) h LEFT JOIN consumer_streams s ON s.consumer = %(consumer)s AND s.stream = h.stream
+WHERE (h.status = 'behind' OR h.error LIKE 'hole:%%') AND h.version <= coalesce(s.version, 0) + 1 LIMIT %(most)s
 """
 _FIRST = """
 SELECT id FROM parked_events WHERE consumer = %s AND stream = %s AND status IN ('waiting', 'behind')
@@ -80,7 +84,7 @@ class Replay:
         streams whose missing version came."""
         with self.pool.connection() as connection:
             rows = connection.execute(_REQUESTS, (self.consumer, _TURN)).fetchall()
-            filled = connection.execute(_FILLED, (self.consumer, _TURN)).fetchall()
+            filled = connection.execute(_FILLED, {"consumer": self.consumer, "most": _TURN}).fetchall()
         asked = [Asked(i, s, v, Place(t, p), r) for i, s, v, t, p, r in rows if Place(t, p) in positions]
         for one in asked:
             self._carry_out(one, positions)

@@ -86,6 +86,11 @@ class Tail:
         fetched = await self._kafka.getmany(timeout_ms=int(seconds * 1000), max_records=most)
         return [record for records in fetched.values() for record in records]
 
+    def known_end(self, place: Place) -> int | None:
+        """The end of a partition as the last fetch saw it, without asking; None before the first."""
+        end: int | None = self._kafka.highwater(TopicPartition(*place))
+        return end
+
     async def starts(self) -> dict[Place, int]:
         """The oldest offset that is kept of each partition."""
         return _by_place(await self._kafka.beginning_offsets([TopicPartition(*place) for place in self.places]))
