@@ -7,7 +7,7 @@ import binascii
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 from uuid import UUID
 
 import orjson
@@ -58,10 +58,11 @@ class Page:
 def paging(default: int = 50, most: int = MOST) -> Any:
     """A dependency that gives the `Page` a caller wants, from `?limit=` and `?cursor=`."""
 
-    async def page(
-        limit: Annotated[int, Query(ge=1, le=most, description="The most items of the answer.")] = default,
-        cursor: Annotated[str | None, Query(max_length=1024, description="`next` of the page before.")] = None,
-    ) -> Page:
+    # As defaults, not in the annotations: those are text, in which FastAPI would not find `most`.
+    limit_query: Any = Query(default, ge=1, le=most, description="The most items of the answer.")
+    cursor_query: Any = Query(None, max_length=1024, description="`next` of the page before.")
+
+    async def page(limit: int = limit_query, cursor: str | None = cursor_query) -> Page:
         return Page(limit, cursor)
 
     return Depends(page)

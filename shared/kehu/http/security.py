@@ -21,6 +21,7 @@ from kehu.http.problems import Problem
 from kehu.ids import derived, uuid7
 
 C = TypeVar("C")
+NOBODY = Principal("user:anonymous", frozenset())
 _KEY = re.compile(r"^[\x21-\x7e]{1,128}$")
 _ETAG = re.compile(r'^"(\d{1,18})"$')
 
@@ -63,6 +64,9 @@ class Public(Requires):
     async def __call__(self, request: Request) -> Any:
         return None
 
+    async def principal(self, exchange: Exchange) -> Principal:
+        return NOBODY
+
 
 async def _authenticated(exchange: Exchange) -> Principal:
     header = exchange.header(b"authorization")
@@ -85,7 +89,7 @@ def _unauthenticated(detail: str, challenge: str = "Bearer") -> Problem:
 def requires(*roles: Role | str) -> Any:
     """A dependency that gives the `Principal` who calls, when they hold one of these roles; anybody with a token when none is named.
 
-    As a parameter (`who: Principal = requires(Role.SALES)`) or in `dependencies=[...]`.
+    As a parameter (`who: Annotated[Principal, requires(Role.SALES)]`) or in `dependencies=[...]`.
     """
     return Depends(Requires([Role(role) for role in roles]))
 
