@@ -209,7 +209,8 @@ def rules(draw: st.DrawFn, index: int) -> Rule:
 @st.composite
 def books(draw: st.DrawFn, rule: st.SearchStrategy[Rule] | None = None) -> Rulebook:
     made = tuple(
-        draw(rule or rules(n)).model_copy(update={"name": f"rule-{n}"}) for n in range(draw(st.integers(1, 6)))
+        draw(rules(n) if rule is None else rule).model_copy(update={"name": f"rule-{n}"})
+        for n in range(draw(st.integers(1, 6)))
     )
     caps = {dimension: draw(st.integers(0, 100)) / 1 for dimension in ("frequency", "depth", "fit")}
     return book(*made, caps=caps, base=draw(st.integers(0, 30)) / 1)

@@ -21,7 +21,8 @@ from scoring.read_models import inputs
 from scoring.read_models.published_models import Books
 
 _BEFORE = """
-SELECT state, notification_id FROM stored_events, convert_from(state, 'UTF8')::jsonb AS envelope
+SELECT state, notification_id FROM stored_events
+CROSS JOIN LATERAL (SELECT convert_from(state, 'UTF8')::jsonb AS envelope) AS parsed
 WHERE originator_id = %s AND (envelope ->> 'recordedtime')::timestamptz <= %s AND (envelope ->> 'time')::timestamptz <= %s
 ORDER BY originator_version DESC LIMIT 1
 """
