@@ -109,7 +109,7 @@ class Lake:
             statements = connection.extract_statements(query)
             if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                 raise QueryRefused("one SELECT at a time; the lake is read-only")
-            return connection.execute(statements[0], parameters).to_arrow_table()
+            return connection.sql(query, params=parameters).to_arrow_table()
 
     def funnel(self, spec: FunnelSpec, *, snapshot: Snapshot | None = None) -> FunnelResult:
         """Count a funnel.
