@@ -82,9 +82,7 @@ class ServiceSpec:
 
 
 SUITE = (
-    ServiceSpec(
-        "lead-intake", ("api", "relay", "projector", "timer"), secrets=("jwt_secret", "hash_key", "master_key")
-    ),
+    ServiceSpec("lead-intake", ("api", "relay", "projector"), secrets=("jwt_secret", "hash_key", "master_key")),
     ServiceSpec("scoring", ("api", "relay", "projector", "consumer", "timer")),
     ServiceSpec("analytics", ("api", "consumer", "stream", "lake"), topic=False),
 )
