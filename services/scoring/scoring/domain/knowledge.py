@@ -71,6 +71,7 @@ class Lead:
 
     Args:
         since: when scoring came to know it (recorded time).
+        place: its place among those that became known at the same time.
         closed_at: when scoring came to know that it ended.
         model_version: of its last score, 0 before the first.
     """
@@ -78,6 +79,7 @@ class Lead:
     lead_id: UUID
     customer_id: UUID
     since: datetime
+    place: int = 0
     closed_at: datetime | None = None
     closing: Closing | None = None
     survivor: UUID | None = None
@@ -111,7 +113,7 @@ class Knowledge:
         match fact:
             case LeadOpened(lead_id, customer_id, profile):
                 self.tell(customer_id, profile)
-                return [] if lead_id in self.leads else [self.put(Lead(lead_id, customer_id, at))]
+                return [] if lead_id in self.leads else [self.put(self._new(lead_id, customer_id, at))]
             case ProfileTold(customer_id, profile):
                 self.tell(customer_id, profile)
                 return []
@@ -119,7 +121,7 @@ class Knowledge:
                 self.see(customer_id, behaviour)
                 return []
             case LeadClosed(lead_id, customer_id, closing, survivor):
-                lead = self.leads.get(lead_id) or Lead(lead_id, customer_id, at)
+                lead = self.leads.get(lead_id) or self._new(lead_id, customer_id, at)
                 return self._close([lead], at, closing, survivor)
             case CustomerLeft(customer_id):
                 return self._close(self._leads_of(customer_id), at, "erased", None)
@@ -132,6 +134,9 @@ class Knowledge:
         """Take a behaviour in."""
         self.behaviours.setdefault(customer_id, {})[behaviour.event_id] = behaviour
 
+    def _new(self, lead_id: UUID, customer_id: UUID, at: datetime) -> Lead:
+        return Lead(lead_id, customer_id, at, place=len(self.leads))
+
     def _close(self, leads: Iterable[Lead], at: datetime, closing: Closing, survivor: UUID | None) -> list[Lead]:
         return [
             self.put(replace(lead, closed_at=at, closing=closing, survivor=survivor))
@@ -142,7 +147,7 @@ class Knowledge:
     def _leads_of(self, customer_id: UUID) -> list[Lead]:
         """The customer's leads, the oldest first."""
         leads = (self.leads[lead_id] for lead_id in self._of_customer.get(customer_id, ()))
-        return sorted(leads, key=lambda lead: (lead.since, lead.lead_id.int))
+        return sorted(leads, key=lambda lead: (lead.since, lead.place))
 
     def scored(self, customer_id: UUID) -> Lead | None:
         """The lead that this customer's inputs score: the oldest open one, else the one that the last one was merged into."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -29,7 +30,7 @@ WITH RECURSIVE asked AS (
         SELECT * FROM leads WHERE lead_id = r.survivor UNION ALL SELECT * FROM leads WHERE survivor = r.lead_id
     ) AS other
 )
-SELECT lead_id, customer_id, recorded, closed_at, closing, survivor, model_version FROM related
+SELECT lead_id, customer_id, recorded, place, closed_at, closing, survivor, model_version FROM related
 WHERE recorded <= %(as_of)b
 """
 _INPUTS = """
@@ -47,10 +48,11 @@ SELECT c.customer_id, i.* FROM unnest(%(customers)b::uuid[]) AS c (customer_id) 
 """
 # The last state of a lead in the batch wins. Only the consumer that knows the lead's customer writes these rows.
 _LEAD = Unnest(
-    "INSERT INTO leads AS l (lead_id, customer_id, recorded, closed_at, closing, survivor, model_version)"
-    " SELECT DISTINCT ON (lead_id) lead_id, customer_id, recorded, closed_at, closing, survivor, model_version"
-    " FROM unnest(%s::uuid[], %s::uuid[], %s::timestamptz[], %s::timestamptz[], %s::text[], %s::uuid[], %s::int[])"
-    " WITH ORDINALITY AS new (lead_id, customer_id, recorded, closed_at, closing, survivor, model_version, n)"
+    "INSERT INTO leads AS l (lead_id, customer_id, recorded, place, closed_at, closing, survivor, model_version)"
+    " SELECT DISTINCT ON (lead_id) lead_id, customer_id, recorded, place, closed_at, closing, survivor, model_version"
+    " FROM unnest(%s::uuid[], %s::uuid[], %s::timestamptz[], %s::int[], %s::timestamptz[], %s::text[], %s::uuid[],"
+    " %s::int[])"
+    " WITH ORDINALITY AS new (lead_id, customer_id, recorded, place, closed_at, closing, survivor, model_version, n)"
     " ORDER BY lead_id, n DESC"
     " ON CONFLICT (lead_id) DO UPDATE SET closed_at = EXCLUDED.closed_at, closing = EXCLUDED.closing,"
     " survivor = EXCLUDED.survivor, model_version = EXCLUDED.model_version"
@@ -89,10 +91,10 @@ def load(
     rows = connection.execute(
         _LEADS, {"customers": list(customers), "leads": list(leads), "as_of": as_of}, binary=True
     ).fetchall()
-    for lead_id, customer_id, recorded, closed_at, closing, survivor, model_version in rows:
-        lead = Lead(lead_id, customer_id, recorded, model_version=model_version)
+    for lead_id, customer_id, recorded, place, closed_at, closing, survivor, model_version in rows:
+        lead = Lead(lead_id, customer_id, recorded, place, model_version=model_version)
         if closed_at is not None and closed_at <= as_of:
-            lead = Lead(lead_id, customer_id, recorded, closed_at, closing, survivor, model_version)
+            lead = replace(lead, closed_at=closed_at, closing=closing, survivor=survivor)
         knowledge.put(lead)
     known = {*customers, *(lead.customer_id for lead in knowledge.leads.values())}
     limits = {"most_profile": MOST_PROFILE, "most_behaviours": MOST_BEHAVIOURS}
@@ -126,6 +128,7 @@ def lead_row(lead: Lead) -> Row:
             lead.lead_id,
             lead.customer_id,
             lead.since,
+            lead.place,
             lead.closed_at,
             lead.closing,
             lead.survivor,
