@@ -5,7 +5,7 @@ CREATE TABLE leads (
     lead_id       uuid        PRIMARY KEY,
     customer_id   uuid        NOT NULL,
     recorded      timestamptz NOT NULL,
-    place         integer     NOT NULL, -- among the leads that became known at the same time
+    place         integer     NOT NULL, -- which lead of its customer, in the order in which they became known
     closed_at     timestamptz,
     closing       text        CHECK (closing IN ('merged', 'rejected', 'erased')),
     survivor      uuid,

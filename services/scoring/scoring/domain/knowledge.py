@@ -71,7 +71,7 @@ class Lead:
 
     Args:
         since: when scoring came to know it (recorded time).
-        place: its place among those that became known at the same time.
+        place: which lead of its customer it is, from 0 in the order in which they became known.
         closed_at: when scoring came to know that it ended.
         model_version: of its last score, 0 before the first.
     """
@@ -135,7 +135,7 @@ class Knowledge:
         self.behaviours.setdefault(customer_id, {})[behaviour.event_id] = behaviour
 
     def _new(self, lead_id: UUID, customer_id: UUID, at: datetime) -> Lead:
-        return Lead(lead_id, customer_id, at, place=len(self.leads))
+        return Lead(lead_id, customer_id, at, place=len(self._of_customer.get(customer_id, ())))
 
     def _close(self, leads: Iterable[Lead], at: datetime, closing: Closing, survivor: UUID | None) -> list[Lead]:
         return [
@@ -147,7 +147,7 @@ class Knowledge:
     def _leads_of(self, customer_id: UUID) -> list[Lead]:
         """The customer's leads, the oldest first."""
         leads = (self.leads[lead_id] for lead_id in self._of_customer.get(customer_id, ()))
-        return sorted(leads, key=lambda lead: (lead.since, lead.place))
+        return sorted(leads, key=lambda lead: lead.place)
 
     def scored(self, customer_id: UUID) -> Lead | None:
         """The lead that this customer's inputs score: the oldest open one, else the one that the last one was merged into."""
