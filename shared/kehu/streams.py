@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import faust
-from aiokafka.errors import KafkaError
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 
@@ -40,7 +39,7 @@ from kehu.kafka import metrics
 from kehu.kafka.effects import Effect
 from kehu.kafka.guard import Item, Moved, Open, Place, Reader, describe, judge, known_versions, open_streams
 from kehu.kafka.replay import Replay
-from kehu.kafka.topics import PARTITIONS, Topic, TopicMismatch, partition_count
+from kehu.kafka.topics import PARTITIONS, KafkaError, Topic, TopicMismatch, partition_count
 from kehu.postgres import TRANSIENT, Pool
 
 log = logging.getLogger(__name__)

@@ -12,6 +12,8 @@ from kehu.events import Envelope, Event, Personal, Recorded
 from kehu.events.envelope import with_position
 from kehu.events.lead_intake import BehaviourRecorded, CustomerRegistered, LeadCaptured, LeadMerged, LeadRejected
 from kehu.events.scoring import LeadQualified, LeadScoreChanged, Part
+from kehu.kafka.topics import PARTITIONS, ensure_topics
+from kehu.testing.kafka import Message, publish
 
 CHANNELS = ("baidu", "trade-fair", "referral", "wechat")
 KINDS = ("page_viewed", "content_downloaded", "email_opened", "demo_attended")
@@ -29,6 +31,14 @@ class History:
     @property
     def topics(self) -> dict[str, list[tuple[str, bytes]]]:
         return {"crm.lead-intake.events": self.lead_intake, "crm.scoring.events": self.scoring}
+
+    async def publish(self, bootstrap: str, prefix: str) -> tuple[str, ...]:
+        """Make the two topics with a prefix to their names, put the history on them, and give the names."""
+        names = tuple(f"{prefix}.{topic}" for topic in self.topics)
+        await ensure_topics(bootstrap, names)
+        for name, values in zip(names, self.topics.values(), strict=True):
+            await publish(bootstrap, name, [Message(key.encode(), value) for key, value in values], PARTITIONS)
+        return names
 
     def recorded(self) -> dict[str, list[Recorded]]:
         return {topic: [Recorded.from_bytes(value) for _, value in values] for topic, values in self.topics.items()}

@@ -12,6 +12,8 @@ from datetime import UTC, date, datetime
 from typing import Any, LiteralString
 from uuid import UUID
 
+from psycopg import sql
+
 from analytics.read_models.base import GenerationalModel
 from kehu.events import Event, Recorded
 from kehu.events.lead_intake import BehaviourRecorded, LeadCaptured, LeadMerged, LeadRejected
@@ -290,13 +292,15 @@ def conversion(
         hot, warm: lower edges of the score bands.
     """
     rows = connection.execute(
-        f"SELECT {GROUPS[by]} AS label, count(*), count(qualified_at), count(converted_at), count(rejected_at)"
-        " FROM (SELECT *, CASE WHEN converted_at IS NULL THEN score ELSE score_at_conversion END AS scored"
-        " FROM lead_journey_v1) j"
-        " WHERE captured_at IS NOT NULL AND merged_into IS NULL"
-        " AND (%(first)s::date IS NULL OR month >= %(first)s) AND (%(last)s::date IS NULL OR month <= %(last)s)"
-        " AND (%(channel)s::text IS NULL OR channel = %(channel)s)"
-        " GROUP BY label ORDER BY label",
+        sql.SQL(
+            "SELECT {label} AS label, count(*), count(qualified_at), count(converted_at), count(rejected_at)"
+            " FROM (SELECT *, CASE WHEN converted_at IS NULL THEN score ELSE score_at_conversion END AS scored"
+            " FROM lead_journey_v1) j"
+            " WHERE captured_at IS NOT NULL AND merged_into IS NULL"
+            " AND (%(first)s::date IS NULL OR month >= %(first)s) AND (%(last)s::date IS NULL OR month <= %(last)s)"
+            " AND (%(channel)s::text IS NULL OR channel = %(channel)s)"
+            " GROUP BY label ORDER BY label"
+        ).format(label=sql.SQL(GROUPS[by])),
         {"first": first, "last": last, "channel": channel, "hot": hot, "warm": warm},
     ).fetchall()
     return [Group(*row) for row in rows]

@@ -1,0 +1,92 @@
+"""How analytics is put together: its parts for each role, no logic."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from analytics.read_models import READ_MODELS, generations
+from analytics.read_models.lake import LakeLoader
+from analytics.read_models.live import keep_live
+from analytics.settings import Settings
+from kehu.migrations import create_database, of_service
+from kehu.migrations import migrate as apply_migrations
+from kehu.postgres import open_pool
+from kehu.runtime import Service, current_role
+
+log = logging.getLogger(__name__)
+
+
+def migrate(settings: Settings) -> None:
+    """Bring the database up to date."""
+    apply_migrations(create_database(settings.postgres_url, settings.database), of_service("analytics"))
+
+
+async def api(settings: Settings) -> None:
+    """The HTTP API."""
+    from analytics.api.app import run
+
+    await run(settings)
+
+
+async def consumer(settings: Settings) -> None:
+    """Topics → read models in PostgreSQL, each with its own progress."""
+    pool = open_pool(settings.database_url, "analytics-consumer", settings.pool_size)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for name in READ_MODELS:
+                tasks.create_task(keep_live(pool, settings, name), name=name)
+    finally:
+        pool.close()
+
+
+async def stream(settings: Settings) -> None:
+    """Topics → live counters, by Faust."""
+    from analytics.streams.app import forget_old_minutes, worker
+
+    pool = open_pool(settings.database_url, "analytics-stream", settings.pool_size)
+    cleaning = asyncio.create_task(forget_old_minutes(pool, settings.clock()), name="clean")
+    try:
+        async with worker(settings, pool) as made:
+            role = current_role()
+            if role is not None:
+                role.on_stop(made.stop)
+                role.health.add("stream", made.check)
+            await made.run()
+    finally:
+        cleaning.cancel()
+        await asyncio.gather(cleaning, return_exceptions=True)
+        pool.close()
+
+
+async def lake(settings: Settings) -> None:
+    """Topics → the lake."""
+    loader = LakeLoader(settings)
+    role = current_role()
+    if role is not None:
+        role.on_stop(loader.stop)
+        role.health.add("lake", loader.check)
+    await loader.run()
+
+
+async def rebuild(settings: Settings) -> None:
+    """Build one read model anew beside the live one and switch; says on standard output how far it is."""
+    from analytics.read_models.rebuild import Rebuild, print_step
+
+    if settings.projection is None:
+        raise generations.UnknownProjection("set KEHU_PROJECTION to the read model to rebuild")
+    await Rebuild(settings, settings.projection, print_step).run()
+
+
+SERVICE = Service(
+    "analytics",
+    Settings,
+    {
+        "migrate": migrate,
+        "api": api,
+        "consumer": consumer,
+        "stream": stream,
+        "lake": lake,
+        "rebuild": rebuild,
+    },
+)

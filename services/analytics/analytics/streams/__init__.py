@@ -1,0 +1,1 @@
+"""The stream worker: live counters, carried by Faust and kept in PostgreSQL."""
