@@ -1,7 +1,7 @@
 """`python -m scoring ROLE [ROLE...]`."""
 
 from kehu.runtime import main
-from scoring.bootstrap import SERVICE
+from scoring.bootstrap import service
 
 if __name__ == "__main__":
-    main(SERVICE)
+    main(service)

@@ -85,6 +85,12 @@ async def api(settings: ScoringSettings) -> None:
 def app_of(made: Parts) -> FastAPI:
     """The application over these parts."""
     role = current_role()
+
+    async def postgres() -> None:
+        await asyncio.to_thread(made.pool.check)
+
+    if role is not None:
+        role.health.add("postgres", postgres)
     return create_app(
         made.settings,
         title="Kehu scoring",
@@ -140,7 +146,7 @@ def rebuild(settings: ScoringSettings) -> None:
         Projector(made.store, Scores()).rebuild()
 
 
-SERVICE = Service(
+service = Service(
     "scoring",
     ScoringSettings,
     {
