@@ -65,7 +65,7 @@ class ServiceSpec:
     roles: tuple[str, ...]
     module: str = ""
     together: tuple[tuple[str, ...], ...] = ()
-    secrets: tuple[str, ...] = ("jwt_secret", "hash_key")
+    secrets: tuple[str, ...] = ("jwt_secret",)
     migrates: bool = True
     topic: bool = True
     env: Mapping[str, str] = field(default_factory=dict)
@@ -83,8 +83,8 @@ class ServiceSpec:
 
 SUITE = (
     ServiceSpec("lead-intake", ("api", "relay", "projector"), secrets=("jwt_secret", "hash_key", "master_key")),
-    ServiceSpec("scoring", ("api", "relay", "projector", "consumer", "timer")),
-    ServiceSpec("analytics", ("api", "consumer", "stream", "lake"), topic=False),
+    ServiceSpec("scoring", ("api", "relay", "projector", "consumer", "timer"), secrets=("jwt_secret",)),
+    ServiceSpec("analytics", ("api", "consumer", "stream", "lake"), secrets=("jwt_secret",), topic=False),
 )
 
 
@@ -144,6 +144,7 @@ class Process:
             log.warning("a process was killed: it did not stop in time", extra={"role": self.name})
             self._send(signal.SIGKILL)
             popen.wait(10)
+        self._collected(popen)
 
     def restart(self) -> None:
         """Stop it in order and start it again."""
@@ -157,6 +158,7 @@ class Process:
         if popen is not None:
             self._send(signal.SIGKILL)
             popen.wait(10)
+            self._collected(popen)
 
     def pause(self) -> None:
         """SIGSTOP: it keeps its port and its connections and does nothing."""
@@ -188,6 +190,10 @@ class Process:
     def log_tail(self, lines: int = 50) -> str:
         """The end of its log."""
         return tail(self.log_file, lines)
+
+    def _collected(self, popen: subprocess.Popen[bytes]) -> None:
+        """Wait until the control thread has seen the end, so that a start that follows is not taken for a crash."""
+        self._supervisor._change.wait_for(lambda: self._popen is not popen)
 
     def _send(self, number: int) -> None:
         pid = self.pid
