@@ -276,8 +276,9 @@ class CommandHandler:
             steps = [step for plan in plans if isinstance(plan, Plan) for step in plan.steps]
             whole = {step.stream for step in steps if step.history and not step.new}
             newest = {step.stream for step in steps if not step.history and not step.new} - whole
-            # With nothing to load, hope that no command is a resent one: if one is, the append conflicts and we look.
-            hopeful = first_try and not whole and not newest
+            # With nothing to load, hope that no command is a resent one: if one is, the append conflicts and we look. A
+            # refusal can come of what the command itself did when it was first sent: then we look at once.
+            hopeful = first_try and not whole and not newest and all(isinstance(plan, Plan) for plan in plans)
             command_ids = [] if hopeful else [r.command_id for r in requests]
             carried_out, slices = self.store.load_for_decision(connection, command_ids, list(whole))
             if newest:
@@ -302,6 +303,8 @@ class CommandHandler:
                     try:
                         decided.append((i, plan, self._decide(request, plan, streams, recorded_at, epoch)))
                     except Refused as refusal:
+                        if hopeful:
+                            raise Conflict("perhaps_resent") from refusal
                         outcomes[i] = Failed(refusal)
                     except _VersionLost as lost:
                         outcomes[i] = Failed(Refused("version-conflict", str(lost)), "conflict")

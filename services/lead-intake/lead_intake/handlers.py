@@ -26,7 +26,7 @@ from lead_intake.domain.activity import ACTIVITY, RecordBehaviour, month_key
 from lead_intake.domain.channel import CHANNEL, DefineChannel
 from lead_intake.domain.customer import CUSTOMER, EraseCustomer, RegisterCustomer, month_of
 from lead_intake.domain.importing import IMPORT, CompleteImport, StartImport
-from lead_intake.domain.lead import LEAD, CaptureLead, PlaceLead, Placement, RejectLead, UpdateLead
+from lead_intake.domain.lead import LEAD, CaptureLead, PlaceLead, Placement, RejectLead, UpdateLead, refused_capture
 from lead_intake.read_models import channels, customers
 from lead_intake.read_models.channels import Channels
 from lead_intake.read_models.customers import CustomerNumbers, KnownCustomer, contact_hashes
@@ -111,7 +111,7 @@ class Captures:
             channel = found.get(request.command.channel)
             if request.command_id in done:
                 placed.append(None)
-            elif refused := channels.refusal(request.command.channel, channel):
+            elif refused := refused_capture(request.command) or channels.refusal(request.command.channel, channel):
                 placed.append(refused)
             else:
                 assert channel is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import phonenumbers
 import pytest
 from hypothesis import given
@@ -18,6 +20,7 @@ from lead_intake.domain.cleaning import (
     email_for_matching,
 )
 from lead_intake.domain.cleaning.text import tidy
+from lead_intake.domain.times import local_time
 
 pytestmark = pytest.mark.req("LI-04")
 
@@ -236,3 +239,19 @@ def test_empty_text_is_the_same_as_none() -> None:
 
 def test_a_note_keeps_its_lines() -> None:
     assert clean_profile(note="  first\n\nsecond\t\n").contact.note == "first\n\nsecond"
+
+
+@pytest.mark.parametrize(
+    ("text", "instant"),
+    [
+        ("2024-05-17", datetime(2024, 5, 16, 16, 0, tzinfo=UTC)),
+        ("2024/5/17 8:30", datetime(2024, 5, 17, 0, 30, tzinfo=UTC)),
+        ("2024年5月17日 08:30:15", datetime(2024, 5, 17, 0, 30, 15, tzinfo=UTC)),
+        ("2024.05.17T23:59", datetime(2024, 5, 17, 15, 59, tzinfo=UTC)),
+        ("2024-02-30", None),
+        ("17/05/2024", None),
+        ("yesterday", None),
+    ],
+)
+def test_dates_as_people_write_them_are_of_china(text: str, instant: datetime | None) -> None:
+    assert local_time(text) == instant

@@ -38,7 +38,7 @@ CUSTOMER_ID = UUID("01900000-0000-7000-8000-000000000003")
 NOW = datetime(2024, 5, 17, 8, 0, tzinfo=UTC)
 
 PROFILE = clean_profile(name="张伟", phone="13800138000", company="星辰科技有限公司", title="采购经理")
-CAPTURE = CaptureLead(LEAD_ID, "api", "baidu_ads", PROFILE, campaign="spring")
+CAPTURE = CaptureLead(LEAD_ID, "api", "baidu_ads", PROFILE, NOW, campaign="spring")
 STRANGER = Placement(CUSTOMER_ID, "search_ads", number="CRM202405001", kind="company")
 KNOWN = Placement(CUSTOMER_ID, "search_ads", survivor=OLDER, rule="exact_phone")
 CAPTURED = LeadCaptured(
@@ -76,8 +76,16 @@ class TestCapture:
         Spec(LEAD).given(CAPTURED).when(PlaceLead(CAPTURE, STRANGER)).then_nothing()
 
     def test_nobody_is_refused(self) -> None:
-        nobody = CaptureLead(LEAD_ID, "api", "baidu_ads", clean_profile(note="called, hung up", region="北京"))
+        nobody = CaptureLead(LEAD_ID, "api", "baidu_ads", clean_profile(note="called, hung up", region="北京"), NOW)
         Spec(LEAD).when(PlaceLead(nobody, STRANGER)).then_refused("nobody")
+
+    @pytest.mark.parametrize(
+        ("captured_at", "slug"),
+        [(NOW + timedelta(minutes=6), "in-the-future"), (datetime(1999, 12, 31, tzinfo=UTC), "too-early")],
+    )
+    def test_an_impossible_time_is_refused(self, captured_at: datetime, slug: str) -> None:
+        capture = CaptureLead(LEAD_ID, "api", "baidu_ads", PROFILE, NOW, captured_at)
+        Spec(LEAD).when(PlaceLead(capture, STRANGER)).then_refused(slug)
 
 
 @pytest.mark.req("LI-08")

@@ -51,6 +51,11 @@ class Row:
 class RowReader(Protocol):
     """Takes the bytes of a file in pieces of any size."""
 
+    @property
+    def begun(self) -> bool:
+        """Whether enough was read to know that the file as a whole can be."""
+        ...
+
     def feed(self, chunk: bytes) -> Iterator[Row]:
         """The records that are complete with this piece. Raises BadFile."""
         ...
@@ -105,6 +110,10 @@ class NdjsonRows:
         self._lines = _Lines()
         self._count = 0
 
+    @property
+    def begun(self) -> bool:
+        return self._lines.number > 0
+
     def feed(self, chunk: bytes) -> Iterator[Row]:
         return self._rows(self._lines.feed(chunk))
 
@@ -153,6 +162,10 @@ class CsvRows:
         self._header: list[str | None] | None = None
         self._delimiter = ","
         self._count = 0
+
+    @property
+    def begun(self) -> bool:
+        return self._header is not None
 
     def feed(self, chunk: bytes) -> Iterator[Row]:
         for number, line in self._lines.feed(chunk):

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from uuid import UUID
 
 from kehu.decider import Decider, Refused
 from kehu.events import Event
 from kehu.events.lead_intake import BehaviourRecorded, Facts
-
-# How far the clock of a browser or a partner's system may go ahead of ours.
-AHEAD = timedelta(minutes=5)
-# Nothing of interest was recorded before; earlier times are errors of a clock or a spreadsheet.
-EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
+from lead_intake.domain.times import refused_time
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +45,9 @@ def decide(command: RecordBehaviour, _: None) -> Sequence[Event]:
     """A behaviour is a fact: it is refused only when its time cannot be. Its id makes a resend safe, outside of the stream."""
     if command.customer_id is None:
         raise Refused("customer-not-found", "give customer_id or lead_id", "customer_id")
-    if command.occurred_at > command.received_at + AHEAD:
-        raise Refused(
-            "in-the-future", "occurred_at is more than five minutes ahead of the service's clock", "occurred_at"
-        )
-    if command.occurred_at < EARLIEST:
-        raise Refused("too-early", "occurred_at is before the year 2000", "occurred_at")
+    refused = refused_time("occurred_at", command.occurred_at, command.received_at)
+    if refused is not None:
+        raise refused
     return (
         BehaviourRecorded(
             behaviour_id=command.behaviour_id,

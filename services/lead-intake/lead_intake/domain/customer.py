@@ -8,21 +8,19 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 from uuid import UUID
-from zoneinfo import ZoneInfo
 
 from kehu.decider import Decider, Refused
 from kehu.events import Event
 from kehu.events.lead_intake import CustomerErased, CustomerErasureRequested, CustomerKind, CustomerRegistered
+from lead_intake.domain.times import CHINA
 
-# Months of customer numbers begin at midnight in China.
-MONTHS = ZoneInfo("Asia/Shanghai")
 _NUMBER = re.compile(r"CRM(\d{6})(\d{3,9})")
 LARGEST = 999_999_999
 
 
 def month_of(at: datetime) -> str:
     """The month `yyyymm` that a customer number of this instant carries."""
-    return f"{at.astimezone(MONTHS):%Y%m}"
+    return f"{at.astimezone(CHINA):%Y%m}"
 
 
 def customer_number(month: str, sequence: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
@@ -23,6 +24,7 @@ from kehu.events.lead_intake import (
     Utm,
 )
 from lead_intake.domain.cleaning import Profile
+from lead_intake.domain.times import refused_time
 
 Status = Literal["new", "open", "merged", "rejected"]
 
@@ -63,12 +65,19 @@ def first_rating(channel_kind: str, profile: Profile) -> Rating:
 
 @dataclass(frozen=True, slots=True)
 class CaptureLead:
-    """Somebody showed interest. The profile is cleaned already."""
+    """Somebody showed interest. The profile is cleaned already.
+
+    Args:
+        received_at: when we were told.
+        captured_at: when they showed it, if it was not now.
+    """
 
     lead_id: UUID
     source: Source
     channel: str
     profile: Profile
+    received_at: datetime
+    captured_at: datetime | None = None
     campaign: str | None = None
     utm: Utm | None = None
     import_id: UUID | None = None
@@ -150,13 +159,21 @@ def decide(command: LeadCommand, lead: Lead) -> Sequence[Event]:
             return (LeadRejected(lead_id=lead_id, customer_id=_workable(lead), reason=reason),)
 
 
+def refused_capture(capture: CaptureLead) -> Refused | None:
+    """Why a capture cannot be of anybody or of any time, whoever they are; None when it can."""
+    contact = capture.profile.contact
+    if contact.phone is None and contact.email is None and contact.name is None and capture.profile.company is None:
+        return Refused("nobody", "give at least one of phone, email, name and company")
+    return refused_time("captured_at", capture.captured_at, capture.received_at)
+
+
 def _capture(capture: CaptureLead, placement: Placement, lead: Lead) -> Sequence[Event]:
     if lead.status != "new":
         return ()
+    refused = refused_capture(capture)
+    if refused is not None:
+        raise refused
     profile = capture.profile
-    contact = profile.contact
-    if contact.phone is None and contact.email is None and contact.name is None and profile.company is None:
-        raise Refused("nobody", "give at least one of phone, email, name and company")
     captured = LeadCaptured(
         lead_id=capture.lead_id,
         customer_id=placement.customer_id,
@@ -164,7 +181,7 @@ def _capture(capture: CaptureLead, placement: Placement, lead: Lead) -> Sequence
         channel=capture.channel,
         campaign=capture.campaign,
         utm=capture.utm,
-        contact=Personal(contact),
+        contact=Personal(profile.contact),
         raw_contact=None if profile.raw_contact is None else Personal(profile.raw_contact),
         company=profile.company,
         industry=profile.industry,
