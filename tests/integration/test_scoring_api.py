@@ -306,7 +306,7 @@ def test_moving_the_clock_fades_scores(scoring: Running, admin: httpx.Client, sa
     hot = ok(sales.get(f"/leads/{lead}/score"))
     assert (hot["band"], hot["qualified"]) == ("hot", True)
     scoring.clock.set(datetime.fromisoformat(hot["next_change_at"]))
-    while timers(scoring.parts).step():
+    while timers(scoring.parts, scoring.clock).step():
         pass
     faded = ok(sales.get(f"/leads/{lead}/score"))
     assert (faded["band"], faded["qualified"]) == ("warm", True)

@@ -17,8 +17,9 @@ from kehu.gate import CommandGate
 from kehu.http import create_app, serve
 from kehu.ids import derived
 from kehu.kafka.consumer import ConsumerRunner
+from kehu.kafka.heard import HeardClock
 from kehu.kafka.relay import Relay
-from kehu.kafka.topics import topic_of
+from kehu.kafka.topics import group_of, topic_of
 from kehu.migrations import create_database, of_service
 from kehu.migrations import migrate as apply_migrations
 from kehu.postgres import Pool, open_pool
@@ -125,14 +126,27 @@ async def consumer(settings: ScoringSettings) -> None:
 async def timer(settings: ScoringSettings) -> None:
     """What goes on over time: scores that fade, and leads under a new model."""
     with parts(settings) as made:
+        subscription = subscriptions.scores(made.handler)
+        heard = HeardClock(
+            made.clock,
+            made.pool,
+            settings.kafka_bootstrap,
+            group_of("scoring", subscription.name),
+            [topic_of(name) for name in subscription.services],
+        )
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(timers(made).run(), name="decay")
+            tasks.create_task(heard.run(), name="heard")
+            tasks.create_task(timers(made, heard).run(), name="decay")
             tasks.create_task(Rescoring(made.handler, made.books, made.clock).run(), name="rescoring")
 
 
-def timers(made: Parts) -> TimerRunner:
-    """Fires the timers of fading scores."""
-    return TimerRunner(made.handler, made.clock, "scoring", {decay.PROCESS: let_fade})
+def timers(made: Parts, clock: Clock) -> TimerRunner:
+    """Fires the timers of fading scores.
+
+    Args:
+        clock: tells which are due. One that waits for what was not heard yet, so that no score fades by deafness.
+    """
+    return TimerRunner(made.handler, clock, "scoring", {decay.PROCESS: let_fade})
 
 
 def let_fade(timer: Timer) -> Reconsider:
