@@ -54,7 +54,7 @@ def settings(database: str, kafka_bootstrap: str, tmp_path: Path) -> Settings:
     server, _, name = database.rpartition("/")
     return Settings(
         environment="development",
-        jwt_secret="x" * 32,  # type: ignore[arg-type]
+        jwt_secret="x" * 32,
         postgres_url=f"{server}/postgres",
         database=name,
         kafka_bootstrap=kafka_bootstrap,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, LiteralString
+from typing import LiteralString
 from zoneinfo import ZoneInfo
 
 from psycopg import sql
@@ -23,9 +23,9 @@ class GenerationalModel:
         timezone: whose days and months are counted.
     """
 
-    name: ClassVar[str]
-    version: ClassVar[int]
-    tables: ClassVar[tuple[LiteralString, ...]]
+    name: str
+    version: int
+    tables: tuple[LiteralString, ...]
     types: tuple[type[Event], ...] | None
 
     def __init__(self, generation: int, timezone: ZoneInfo = TIMEZONE) -> None:
