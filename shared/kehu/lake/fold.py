@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from kehu.lake.engine import connect, scan_events
 from kehu.lake.format import MICROSECOND, bucket_sql, micros
-from kehu.lake.kernel import BLOCKS, GAP, START, TOOK, UNSET, fold_ordered, tally
+from kehu.lake.kernel import BLOCKS, GAP, START, TOOK, UNSET, fold_ordered
 from kehu.lake.log import Snapshot
-from kehu.lake.outcome import Units
+from kehu.lake.outcome import Scratch, Units
 from kehu.lake.spec import FunnelSpec, matches_type
 from kehu.lake.sql import mask_sql, time_limits
 
@@ -39,18 +39,35 @@ def is_plain(spec: FunnelSpec) -> bool:
     )
 
 
-def fold(root: Path, snapshot: Snapshot, spec: FunnelSpec, horizon: int, threads: int) -> list[Units]:
+def fold(
+    root: Path, snapshot: Snapshot, spec: FunnelSpec, horizon: int, threads: int, spare: list[Scratch]
+) -> list[Units]:
     """Count a plain funnel, bucket by bucket.
 
     Args:
         horizon: microseconds since 1970 UTC at which windows are open or closed.
         threads: buckets at a time.
+        spare: memory of earlier funnels, taken and given back.
     """
     tail = _tail_rows(root, snapshot, spec)
     buckets = sorted({f.bucket for f in snapshot.of("events") if f.bucket is not None} | set(tail))
-    with ThreadPoolExecutor(max_workers=max(1, min(threads, len(buckets)))) as pool:
-        jobs = [pool.submit(_Bucket(root, snapshot, spec, b, tail.get(b)).count, horizon) for b in buckets]
-        return [job.result() for job in jobs]
+
+    def work(mine: list[int]) -> list[Units]:
+        try:
+            scratch = spare.pop()
+        except IndexError:
+            scratch = Scratch()
+        units = [_Bucket(root, snapshot, spec, b, tail.get(b), scratch).count(horizon) for b in mine]
+        if len(spare) < threads:
+            spare.append(scratch)
+        return units
+
+    workers = max(1, min(threads, len(buckets)))
+    shares = [buckets[first::workers] for first in range(workers)]
+    if workers == 1:
+        return work(buckets)
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        return [units for part in pool.map(work, shares) for units in part]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +100,9 @@ def _tail_rows(root: Path, snapshot: Snapshot, spec: FunnelSpec) -> dict[int, _T
 
 
 class _Bucket:
-    def __init__(self, root: Path, snapshot: Snapshot, spec: FunnelSpec, bucket: int, tail: _TailRows | None) -> None:
+    def __init__(
+        self, root: Path, snapshot: Snapshot, spec: FunnelSpec, bucket: int, tail: _TailRows | None, scratch: Scratch
+    ) -> None:
         self.root = root
         self.spec = spec
         self.tail = tail
@@ -92,7 +111,7 @@ class _Bucket:
         self.files = sorted((f for f in snapshot.of("events") if f.bucket == bucket), key=lambda f: f.month or "")
         self.numbered = [f for f in snapshot.of("customers") if f.bucket == bucket]
         self.known = sum(f.rows for f in self.numbered)
-        self.picked = np.empty(1, np.int32)
+        self.scratch = scratch
 
     def count(self, horizon: int) -> Units:
         numbers, strangers = self._numbers()
@@ -100,9 +119,10 @@ class _Bucket:
         if numbers is not None:
             touched[numbers] = True
         units = len(touched)
-        state = np.empty((units + 1, BLOCKS, self.steps + 1), np.int64)
-        state[:, 1:] = -1
+        state: Ints = self.scratch.take("state", (units + 1) * BLOCKS * (self.steps + 1))
+        state = state.reshape(units + 1, BLOCKS, self.steps + 1)
         state[:, START] = UNSET
+        state[:, TOOK] = -1  # the other two blocks are read only where these two are set
         again: list[tuple[Ints, Ints, Ints]] = []
         for unit, code, time, masks in self._rows():
             self._fold(unit, code, time, masks, state)
@@ -168,8 +188,6 @@ class _Bucket:
         return masks
 
     def _fold(self, unit: NDArray[np.int32], code: NDArray[np.int32], time: Ints, masks: Ints, state: Ints) -> None:
-        if len(self.picked) <= len(unit):
-            self.picked = np.empty(len(unit) + 1, np.int32)
         fold_ordered(
             unit,
             code,
@@ -182,7 +200,7 @@ class _Bucket:
             self.spec.entry == "first",
             self.spec.ties == "strictly_later",
             state.reshape(-1),
-            self.picked,
+            self.scratch.take("picked", len(unit) + 1, np.int32),
         )
 
     def _count_again(self, parts: list[tuple[Ints, Ints, Ints]], touched: NDArray[np.bool_], state: Ints) -> None:
@@ -190,30 +208,26 @@ class _Bucket:
         order = np.lexsort((time, unit))
         masks, code = np.unique(mask[order], return_inverse=True)
         rows = np.flatnonzero(touched) + 1
-        state[rows, 1:] = -1
         state[rows, START] = UNSET
+        state[rows, TOOK] = -1
         self._fold((unit[order] << self.shift).astype(np.int32), code.astype(np.int32), time[order], masks, state)
 
     def _units(self, state: Ints, strangers: list[str], horizon: int) -> Units:
-        took, gap = state[1:, TOOK, 1:], state[1:, GAP, 1:]
-        count = len(took)
-        level, outcome = np.empty(count, np.int8), np.empty(count, np.int8)
-        tally(
-            took,
-            state[1:, START, 1],
-            np.zeros(count, np.bool_),
-            horizon,
-            self.spec.window // MICROSECOND,
-            self.steps,
-            level,
-            outcome,
-        )
-
         def names(index: Ints) -> list[str]:
             known = self._customers()
             return [known[i].as_py() if i < self.known else strangers[i - self.known] for i in index.tolist()]
 
-        return Units(names, took, gap, level, outcome)
+        units = state[1:]
+        return Units.of(
+            names,
+            units[:, TOOK, 1:],
+            units[:, GAP, 1:],
+            units[:, START, 1],
+            np.zeros(len(units), np.bool_),
+            horizon,
+            self.spec.window // MICROSECOND,
+            self.scratch,
+        )
 
 
 def _single(masks: Ints) -> Ints:

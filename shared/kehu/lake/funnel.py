@@ -19,8 +19,9 @@ from kehu.lake.engine import connect, identifier, scan_events, sql_type
 from kehu.lake.fold import fold, is_plain
 from kehu.lake.format import SCHEMA, bucket_sql, instant, micros
 from kehu.lake.histories import count
+from kehu.lake.kernel import CONVERTED, DROPPED, EXCLUDED, KINDS, PENDING, REACHED, WAITING, WENT_ON
 from kehu.lake.log import Snapshot
-from kehu.lake.outcome import DROPPED, EXCLUDED, NONE, PENDING, Units
+from kehu.lake.outcome import Counts, Scratch, Units
 from kehu.lake.spec import FunnelSpec
 from kehu.lake.sql import funnel_sql, rows_sql
 from kehu.lake.stats import quantile, wilson
@@ -118,11 +119,10 @@ class FunnelResult:
             raise ValueError("the funnel has no breakdown")
         found: list[str] = []
         for part in self._parts:
-            chosen = _of_kind(part, kind, step, len(self.spec.steps))
+            chosen = _of_kind(part, kind, step)
             if value is not None and part.split is not None:
                 member = np.zeros(len(chosen), np.bool_)
-                codes = [i for i, v in enumerate(part.split.values) if v == value]
-                member[part.split.unit[np.isin(part.split.value, codes)]] = True
+                member[part.split.of(value)] = True
                 chosen &= member
             found += part.names(np.flatnonzero(chosen))
         return sorted(found)
@@ -217,13 +217,21 @@ def evaluate(events: pa.Table, spec: FunnelSpec) -> FunnelResult:
     return _result(spec, None, horizon, [count(rows, spec, horizon)])
 
 
-def run(root: Path, snapshot: Snapshot, spec: FunnelSpec, *, threads: int, memory_limit: str | None) -> FunnelResult:
+def run(
+    root: Path,
+    snapshot: Snapshot,
+    spec: FunnelSpec,
+    *,
+    threads: int,
+    memory_limit: str | None,
+    spare: list[Scratch],
+) -> FunnelResult:
     """Run a funnel over a snapshot of a lake. See `Lake.funnel`."""
     if spec.as_of is None:
         spec = _at(spec, snapshot.max_recorded)
     horizon = _horizon(spec)
     if is_plain(spec):
-        return _result(spec, snapshot.id, horizon, fold(root, snapshot, spec, horizon, threads))
+        return _result(spec, snapshot.id, horizon, fold(root, snapshot, spec, horizon, threads, spare))
     parts = []
     tail = snapshot.of("tail")
     with connect(root, threads=threads, memory_limit=memory_limit) as connection:
@@ -262,22 +270,24 @@ def _completed(columns: Sequence[str]) -> str:
     )
 
 
-def _of_kind(part: Units, kind: str, step: int, last: int) -> NDArray[np.bool_]:
-    kept = (part.outcome != EXCLUDED) & (part.outcome != NONE)
-    reached: NDArray[np.bool_] = kept & (part.took[:, step - 1] >= 0)
-    here: NDArray[np.bool_] = part.level == step
+def _of_kind(part: Units, kind: str, step: int) -> NDArray[np.bool_]:
+    """Which units of a part are behind a count."""
+    reached: NDArray[np.bool_] = (part.outcome != EXCLUDED) & (part.reached & (1 << (step - 1)) != 0)
+    here: NDArray[np.bool_] = np.equal(part.level, step)
     match kind:
         case "reached":
             return reached
         case "converted":
-            return reached if step == last else reached & (part.level > step)
+            reached &= ~here | np.equal(part.outcome, CONVERTED)
+            return reached
         case "pending" | "dropped" | "excluded":
-            return here & np.equal(part.outcome, _OUTCOMES[kind])
+            here &= np.equal(part.outcome, _OUTCOMES[kind])
+            return here
     raise ValueError(f"no units are {kind!r}")
 
 
 def _result(spec: FunnelSpec, snapshot: str | None, horizon: int, parts: Sequence[Units]) -> FunnelResult:
-    steps = _counts(spec, None, parts)
+    steps = _counts(spec, None, [part.counts for part in parts])
     values: list[tuple[StepCount, ...]] = []
     if spec.breakdown is not None:
         names = {value for part in parts if part.split is not None for value in part.split.values}
@@ -285,75 +295,56 @@ def _result(spec: FunnelSpec, snapshot: str | None, horizon: int, parts: Sequenc
             raise ValueError(
                 f"{spec.breakdown} has {len(names)} values, the limit is {MAX_VALUES}: choose a coarser one"
             )
-        values = [_counts(spec, name, [_with_value(part, name) for part in parts]) for name in names]
-        values = [counts for counts in values if counts[0].entered or any(c.excluded for c in counts)]
-        values.sort(key=lambda counts: (-counts[0].entered, counts[0].value is None, counts[0].value))
+        values = [_counts(spec, name, [part.with_value(name) for part in parts]) for name in names]
+        values = [counts for counts in values if any(c.entered or c.excluded for c in counts)]
+        values.sort(key=lambda counts: (-counts[0].entered, counts[0].value or ""))
     at = instant(horizon) if horizon else None
     return FunnelResult(spec, snapshot, at, tuple(steps), tuple(values), tuple(parts))
 
 
-def _with_value(part: Units, value: str | None) -> Units:
-    assert part.split is not None
-    codes = [i for i, v in enumerate(part.split.values) if v == value]
-    index = part.split.unit[np.isin(part.split.value, codes)]
-    return Units(
-        lambda chosen: part.names(index[chosen]),
-        part.took[index],
-        part.gap[index],
-        part.level[index],
-        part.outcome[index],
-    )
-
-
-def _counts(spec: FunnelSpec, value: str | None, parts: Sequence[Units]) -> tuple[StepCount, ...]:
-    last = len(spec.steps)
+def _counts(spec: FunnelSpec, value: str | None, parts: Sequence[Counts]) -> tuple[StepCount, ...]:
+    counts = sum((part.counts for part in parts), np.zeros((KINDS, len(spec.steps)), np.int64))
     found: list[StepCount] = []
-    required = 0
-    for k, step in enumerate(spec.steps, 1):
-        numbers = {
-            kind: sum(int(np.count_nonzero(_of_kind(part, kind, k, last))) for part in parts)
-            for kind in ("reached", "converted", "pending", "dropped", "excluded")
-        }
-        if k == 1:
-            required = entered = numbers["reached"]
-        waiting = sum(int(np.count_nonzero((part.outcome == PENDING) & (part.took[:, k - 1] < 0))) for part in parts)
-        settled = entered - waiting
-        took, gap = (_reached(parts, name, k) for name in ("took", "gap"))
+    entered = before = int(counts[REACHED, 0])
+    for k, step in enumerate(spec.steps):
+        reached, settled = int(counts[REACHED, k]), entered - int(counts[WAITING, k])
+        took = np.concatenate([part.took[k] for part in parts]) if parts else np.empty(0, np.int64)
+        gap = np.concatenate([part.gap[k] for part in parts]) if parts else np.empty(0, np.int64)
+        rate, rate_low, rate_high = _rate(reached, entered)
+        settled_rate, settled_low, settled_high = _rate(reached, settled)
         found.append(
             StepCount(
                 value=value,
-                step=k,
+                step=k + 1,
                 name=step.name,
                 entered=entered,
-                **numbers,
-                **_rate("rate", numbers["reached"], entered),
+                reached=reached,
+                converted=int(counts[WENT_ON, k]),
+                pending=int(counts[PENDING, k]),
+                dropped=int(counts[DROPPED, k]),
+                excluded=int(counts[EXCLUDED, k]),
+                rate=rate,
+                rate_low=rate_low,
+                rate_high=rate_high,
                 settled=settled,
-                **_rate("settled", numbers["reached"], settled),
-                step_rate=numbers["reached"] / required if required else None,
+                settled_rate=settled_rate,
+                settled_low=settled_low,
+                settled_high=settled_high,
+                step_rate=reached / before if before else None,
                 seconds_median=_seconds(quantile(took, 0.5)),
                 seconds_p90=_seconds(quantile(took, 0.9)),
                 gap_median=_seconds(quantile(gap, 0.5)),
                 gap_p90=_seconds(quantile(gap, 0.9)),
-                young=waiting > 0,
+                young=settled < entered,
             )
         )
-        if k not in spec.optional:
-            required = numbers["reached"]
+        if k + 1 not in spec.optional:
+            before = reached
     return tuple(found)
 
 
-def _reached(parts: Sequence[Units], name: str, step: int) -> NDArray[np.int64]:
-    """How long the units that reached a step took."""
-    found = [getattr(part, name)[:, step - 1][_of_kind(part, "reached", step, 0)] for part in parts]
-    return np.concatenate(found) if found else np.empty(0, np.int64)
-
-
-def _rate(name: str, successes: int, trials: int) -> dict[str, Any]:
-    rate = "rate" if name == "rate" else f"{name}_rate"
-    if trials == 0:
-        return {rate: None, f"{name}_low": None, f"{name}_high": None}
-    low, high = wilson(successes, trials)
-    return {rate: successes / trials, f"{name}_low": low, f"{name}_high": high}
+def _rate(successes: int, trials: int) -> tuple[float | None, float | None, float | None]:
+    return (successes / trials, *wilson(successes, trials)) if trials else (None, None, None)
 
 
 def _seconds(value: int | None) -> float | None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from kehu.lake.format import MICROSECOND
-from kehu.lake.kernel import ordered_histories, strict_histories, tally, unordered_histories
-from kehu.lake.outcome import Split, Units
+from kehu.lake.kernel import ordered_histories, strict_histories, unordered_histories
+from kehu.lake.outcome import Scratch, Split, Units
 from kehu.lake.spec import FunnelSpec
 
 Ints = NDArray[np.int64]
@@ -64,14 +64,21 @@ def count(rows: pa.Table, spec: FunnelSpec, horizon: int) -> Units:
         result = chosen
     else:
         unit_of = unit[bounds[:-1]]
-    level, outcome = np.empty(len(unit_of), np.int8), np.empty(len(unit_of), np.int8)
-    window = spec.window // MICROSECOND
-    tally(result.took, result.open_start, result.broken, horizon, window, len(spec.steps), level, outcome)
-    split = None if spec.breakdown is None else _split(spec, result.path, level, rows["b"].take(pa.array(order)))
     ids = names.take(pa.array(unit_of))
-    return Units(
-        lambda index: list(ids.take(pa.array(index)).to_pylist()), result.took, result.gap, level, outcome, split
+    units = Units.of(
+        lambda index: list(ids.take(pa.array(index)).to_pylist()),
+        result.took,
+        result.gap,
+        result.open_start,
+        result.broken,
+        horizon,
+        spec.window // MICROSECOND,
+        Scratch(),
     )
+    if spec.breakdown is None:
+        return units
+    split = _split(spec, result.path, units.level, rows["b"].take(pa.array(order)))
+    return replace(units, split=split, times=(result.took, result.gap))
 
 
 def _run(spec: FunnelSpec, bounds: Ints, time: Ints, mask: Ints, breaks: Ints) -> _Results:

@@ -29,6 +29,9 @@ Index = np.unsignedinteger[Any]  # unsigned, so that no index is checked for cou
 UNSET = -(1 << 62)  # no start; far enough from every time that t - UNSET is beyond any window, and does not overflow
 MAX_WINDOW = 1 << 60
 
+NONE, CONVERTED, PENDING, DROPPED, EXCLUDED = 0, 1, 2, 3, 4  # what became of a unit
+REACHED, WENT_ON, WAITING, KINDS = 0, 1, 5, 6  # what is counted beside PENDING, DROPPED and EXCLUDED
+
 # The four blocks of a unit's row in the state of fold_ordered, each with a slot for "no step" and one a step.
 START, TOOK, SINCE, GAP, BLOCKS = 0, 1, 2, 3, 4
 
@@ -487,23 +490,100 @@ def _augment(row: int, mask: Ints, owner: Ints, parent: Ints, queue: Ints, steps
 
 @compiled
 def tally(
-    took: Ints, open_start: Ints, broken: Flags, horizon: int, window: int, steps: int, level: Small, outcome: Small
+    took: Ints,
+    gap: Ints,
+    open_start: Ints,
+    broken: Flags,
+    horizon: int,
+    window: int,
+    steps: int,
+    level: Small,
+    outcome: Small,
+    reached: Codes,
+    counts: Ints,
+    took_values: Ints,
+    gap_values: Ints,
 ) -> None:
-    """Where each unit ended: its furthest step, and one of NONE, CONVERTED, PENDING, DROPPED, EXCLUDED."""
+    """Where each unit ended, and the counts of all.
+
+    Args:
+        took, gap, open_start, broken: by unit, as the other kernels leave them.
+        horizon: microseconds since 1970 UTC; a window is open when it reaches the horizon.
+        level, outcome, reached: results by unit: the furthest step, one of NONE, CONVERTED, PENDING, DROPPED and
+            EXCLUDED, and bit k-1 for each step k that was reached.
+        counts, took_values, gap_values: results as in `summarise`.
+    """
     for h in range(len(took)):
         furthest = 0
-        for k in range(steps, 0, -1):
+        bits = 0
+        for k in range(1, steps + 1):
             if took[h, k - 1] >= 0:
                 furthest = k
-                break
+                bits |= 1 << (k - 1)
+        ending = NONE
+        if furthest == steps:
+            ending = CONVERTED
+        elif furthest > 0:
+            if broken[h]:
+                ending = EXCLUDED
+            elif open_start[h] != UNSET and horizon - open_start[h] <= window:
+                ending = PENDING
+            else:
+                ending = DROPPED
         level[h] = furthest
-        if furthest == 0:
-            outcome[h] = 0
-        elif furthest == steps:
-            outcome[h] = 1
-        elif broken[h]:
-            outcome[h] = 4
-        elif open_start[h] != UNSET and horizon - open_start[h] <= window:
-            outcome[h] = 2
-        else:
-            outcome[h] = 3
+        outcome[h] = ending
+        reached[h] = bits
+        if furthest > 0:
+            _add(took, gap, h, furthest, ending, steps, counts, took_values, gap_values)
+
+
+@compiled
+def summarise(
+    took: Ints,
+    gap: Ints,
+    level: Small,
+    outcome: Small,
+    steps: int,
+    counts: Ints,
+    took_values: Ints,
+    gap_values: Ints,
+) -> None:
+    """The counts of units whose ends are known.
+
+    Args:
+        counts: by kind of count and step, zeros to begin with: REACHED, WENT_ON, and PENDING, DROPPED and EXCLUDED at
+            the step, WAITING (pending and not there yet).
+        took_values, gap_values: by step, the times of the units that reached it, from the front.
+    """
+    for h in range(len(took)):
+        if level[h] > 0:
+            _add(took, gap, h, level[h], outcome[h], steps, counts, took_values, gap_values)
+
+
+@compiled
+def _add(
+    took: Ints,
+    gap: Ints,
+    h: int,
+    level: int,
+    outcome: int,
+    steps: int,
+    counts: Ints,
+    took_values: Ints,
+    gap_values: Ints,
+) -> None:
+    if outcome == EXCLUDED:
+        counts[EXCLUDED, level - 1] += 1
+        return
+    if outcome != CONVERTED:
+        counts[outcome, level - 1] += 1
+    for k in range(steps):
+        if took[h, k] >= 0:
+            reached = counts[REACHED, k]
+            took_values[k, reached] = took[h, k]
+            gap_values[k, reached] = gap[h, k]
+            counts[REACHED, k] = reached + 1
+            if level > k + 1 or level == steps:
+                counts[WENT_ON, k] += 1
+        elif outcome == PENDING:
+            counts[WAITING, k] += 1

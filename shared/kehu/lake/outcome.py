@@ -4,20 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-NONE, CONVERTED, PENDING, DROPPED, EXCLUDED = range(5)  # as kernel.tally writes them
+from kehu.lake.kernel import KINDS, REACHED, summarise, tally
+
+Ints = NDArray[np.int64]
+Names = Callable[[Ints], list[str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
     """The values of the breakdown that units have: pairs (unit, value), values as indices into `values`."""
 
-    unit: NDArray[np.int64]
-    value: NDArray[np.int64]
+    unit: Ints
+    value: Ints
     values: tuple[str | None, ...]
+
+    def of(self, value: str | None) -> Ints:
+        """The units that have a value."""
+        return self.unit[self.value == self.values.index(value)] if value in self.values else self.unit[:0]
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """The counts of `kernel.summarise`, and by step the times of the units that reached it."""
+
+    counts: Ints
+    took: tuple[Ints, ...]
+    gap: tuple[Ints, ...]
+
+
+class Scratch:
+    """Memory that is used again from one part to the next: to have it anew costs more than to count."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, type[np.generic]], NDArray[Any]] = {}
+
+    def take(self, name: str, size: int, kind: type[np.generic] = np.int64) -> NDArray[Any]:
+        """An array of at least that size, with anything in it."""
+        held = self._held.get((name, kind))
+        if held is None or len(held) < size:
+            held = self._held[name, kind] = np.empty(size, kind)
+        return held[:size]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +57,62 @@ class Units:
 
     Attributes:
         names: their ids, for some indices.
-        took: by unit and step, microseconds from the start of the first chain that reached the step; -1 when none did.
-        gap: the same from the step before.
         level: the furthest step, 0 for none.
-        outcome: NONE, CONVERTED, PENDING, DROPPED or EXCLUDED.
+        outcome: NONE, CONVERTED, PENDING, DROPPED or EXCLUDED of the kernel.
+        reached: bit k-1 for each step k that was reached.
+        counts: of all of them.
         split: of the breakdown, when there is one.
+        times: by unit and step the time from the start and from the step before, microseconds; with a split.
     """
 
-    names: Callable[[NDArray[np.int64]], list[str]]
-    took: NDArray[np.int64]
-    gap: NDArray[np.int64]
+    names: Names
     level: NDArray[np.int8]
     outcome: NDArray[np.int8]
+    reached: NDArray[np.int32]
+    counts: Counts
     split: Split | None = None
+    times: tuple[Ints, Ints] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        names: Names,
+        took: Ints,
+        gap: Ints,
+        open_start: Ints,
+        broken: NDArray[np.bool_],
+        horizon: int,
+        window: int,
+        scratch: Scratch,
+    ) -> Units:
+        """From what the kernels left, which may be used for other units afterwards. Times are microseconds."""
+        units, steps = took.shape
+        level, outcome, reached = np.empty(units, np.int8), np.empty(units, np.int8), np.empty(units, np.int32)
+        room = _room(units, steps, scratch)
+        tally(took, gap, open_start, broken, horizon, window, steps, level, outcome, reached, *room)
+        return cls(names, level, outcome, reached, _filled(*room))
+
+    def with_value(self, value: str | None) -> Counts:
+        """The counts of the units with one value of the breakdown."""
+        assert self.split is not None
+        assert self.times is not None
+        index = self.split.of(value)
+        took, gap = (times[index] for times in self.times)
+        steps = took.shape[1]
+        room = _room(len(index), steps, Scratch())
+        summarise(took, gap, self.level[index], self.outcome[index], steps, *room)
+        return _filled(*room)
+
+
+def _room(units: int, steps: int, scratch: Scratch) -> tuple[Ints, Ints, Ints]:
+    took, gap = (scratch.take(name, steps * units).reshape(steps, units) for name in ("took", "gap"))
+    return np.zeros((KINDS, steps), np.int64), took, gap
+
+
+def _filled(counts: Ints, took: Ints, gap: Ints) -> Counts:
+    reached = counts[REACHED].tolist()
+    return Counts(
+        counts,
+        tuple(row[:n].copy() for row, n in zip(took, reached, strict=True)),
+        tuple(row[:n].copy() for row, n in zip(gap, reached, strict=True)),
+    )

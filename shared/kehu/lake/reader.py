@@ -21,6 +21,7 @@ from kehu.lake.sql import time_limits
 
 if TYPE_CHECKING:
     from kehu.lake.funnel import FunnelResult
+    from kehu.lake.outcome import Scratch
 
 
 class Lake:
@@ -41,6 +42,7 @@ class Lake:
         self.memory_limit = memory_limit
         self._log = Log(self.root)
         self._log.read()
+        self._spare: list[Scratch] = []  # memory of the funnels, one for each thread, for the next one
 
     def snapshot(self, version: int | None = None) -> Snapshot:
         """A version of the lake to read from, the newest unless one is given.
@@ -119,7 +121,14 @@ class Lake:
         """
         from kehu.lake.funnel import run
 
-        return run(self.root, snapshot or self.snapshot(), spec, threads=self.threads, memory_limit=self.memory_limit)
+        return run(
+            self.root,
+            snapshot or self.snapshot(),
+            spec,
+            threads=self.threads,
+            memory_limit=self.memory_limit,
+            spare=self._spare,
+        )
 
     def rerun(self, result: str) -> FunnelResult:
         """Count the funnel of `FunnelResult.to_json` again, on the version it was counted on.

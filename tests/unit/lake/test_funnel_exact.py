@@ -16,13 +16,25 @@ from hypothesis import strategies as st
 from kehu.lake import Exclusion, FunnelSpec, Step
 from kehu.lake.fold import _single
 from kehu.lake.histories import count
-from kehu.lake.kernel import BLOCKS, START, TOOK, UNSET, fold_ordered
-from kehu.lake.outcome import CONVERTED, DROPPED, EXCLUDED, NONE, PENDING
+from kehu.lake.kernel import (
+    BLOCKS,
+    CONVERTED,
+    DROPPED,
+    EXCLUDED,
+    NONE,
+    PENDING,
+    START,
+    TOOK,
+    UNSET,
+    fold_ordered,
+)
 from kehu.lake.sql import funnel_sql
 
 OUTCOMES = {NONE: "none", CONVERTED: "converted", PENDING: "pending", DROPPED: "dropped", EXCLUDED: "excluded"}
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 KINDS = "abcdx"
+
+Held = list[list[int | None]] | None
 
 steps_of_kind = st.lists(st.frozensets(st.sampled_from("abcd"), min_size=1, max_size=2), min_size=1, max_size=4)
 history = st.lists(st.tuples(st.integers(0, 12), st.sampled_from(KINDS)), max_size=7)
@@ -49,23 +61,26 @@ def rows_of(
             hold = held[unit][sequence] if held else 0
             if mask or breaks or spec.order == "strict":
                 rows.append((f"u{unit}", time, sequence, mask, breaks, None if hold is None else str(hold), kind))
-    columns = list(zip(*rows, strict=True)) if rows else [[]] * 7
+    columns = list(zip(*rows, strict=True)) or [()] * 7
     kinds = [pa.string(), pa.int64(), pa.int64(), pa.int64(), pa.int64(), pa.string(), pa.string()]
     names = ["unit", "t", "sequence", "mask", "breaks", "h0", "b"]
     table = pa.table({n: pa.array(c, k) for n, c, k in zip(names, columns, kinds, strict=True)})
     return table.filter(pa.compute.is_valid(table["h0"]))
 
 
-def counted(units: list[list[tuple[int, str]]], spec: FunnelSpec, horizon: int, **more: object) -> list[Verdict]:
+def counted(units: list[list[tuple[int, str]]], spec: FunnelSpec, horizon: int, held: Held = None) -> list[Verdict]:
     """The kernel's verdicts by unit."""
-    result = count(rows_of(units, spec, **more), spec, horizon)  # type: ignore[arg-type]
+    spec = spec.model_copy(update={"breakdown": "type"})  # which keeps the times of each unit
+    result = count(rows_of(units, spec, held), spec, horizon)
+    assert result.times is not None
+    took, gap = result.times
     found = [Verdict() for _ in units]
     for index, name in enumerate(result.names(np.arange(len(result.level)))):
-        steps = [k for k in range(1, len(spec.steps) + 1) if result.took[index, k - 1] >= 0]
+        steps = [k for k in range(1, len(spec.steps) + 1) if result.reached[index] >> (k - 1) & 1]
         found[int(name[1:])] = Verdict(
             level=int(result.level[index]),
-            took={k: int(result.took[index, k - 1]) for k in steps},
-            gap={k: int(result.gap[index, k - 1]) for k in steps},
+            took={k: int(took[index, k - 1]) for k in steps},
+            gap={k: int(gap[index, k - 1]) for k in steps},
             outcome=OUTCOMES[int(result.outcome[index])],
         )
     return found
@@ -229,7 +244,7 @@ def folded(units: list[list[tuple[int, str]]], spec: FunnelSpec) -> list[tuple[i
 def queried(units: list[list[tuple[int, str]]], spec: FunnelSpec) -> list[int]:
     """Units by step, from the SQL of the spec."""
     rows = [(f"u{u}", EPOCH + timedelta(microseconds=t), kind) for u, events in enumerate(units) for t, kind in events]
-    columns = list(zip(*rows, strict=True)) if rows else [[]] * 3
+    columns = list(zip(*rows, strict=True)) or [()] * 3
     kinds = [pa.string(), pa.timestamp("us", tz="UTC"), pa.string()]
     events = pa.table({n: pa.array(c, k) for n, c, k in zip(("customer", "time", "type"), columns, kinds, strict=True)})
     with duckdb.connect(":memory:") as connection:
@@ -266,7 +281,8 @@ def clickhouse(units: list[list[tuple[int, str]]], spec: FunnelSpec, *modes: str
         f"FROM values('unit UInt64, t UInt64, kind String', {values}) GROUP BY unit"
     )
     levels = [0] * len(units)
-    for line in str(chdb.query(query, "CSV")).splitlines():
+    answer = str(chdb.query(query, "CSV"))  # type: ignore[no-untyped-call]
+    for line in answer.splitlines():
         unit, level = map(int, line.split(","))
         levels[unit] = level
     return levels
