@@ -137,13 +137,13 @@ def status(
 
 
 def _table(entries: list[dict[str, Any]]) -> Table:
-    table = Table()
+    table = Table(box=None, pad_edge=False)
     for title in ("Service", "Role", "Pid", "Memory", "State", "Lag", "Restarts", "Address"):
-        table.add_column(title, justify="right" if title in ("Pid", "Memory", "Lag", "Restarts") else "left")
+        right = title in ("Pid", "Memory", "Lag", "Restarts")
+        table.add_column(title, justify="right" if right else "left", no_wrap=True)
     for entry in entries:
-        state = (
-            "[green]ready[/]" if entry["ready"] else "[red]down[/]" if entry["pid"] is None else "[yellow]not ready[/]"
-        )
+        down = entry["pid"] is None
+        state = "[green]ready[/]" if entry["ready"] else "[red]down[/]" if down else "[yellow]not ready[/]"
         table.add_row(
             entry["service"],
             "+".join(entry["roles"]),
@@ -152,7 +152,7 @@ def _table(entries: list[dict[str, Any]]) -> Table:
             state,
             "" if entry["lag"] is None else str(entry["lag"]),
             str(entry["restarts"] or ""),
-            entry["url"],
+            entry["url"].removeprefix("http://"),
         )
     total = sum(entry["rss"] or 0 for entry in entries)
     table.caption = f"{len(entries)} processes, {total / 1e6:.0f} MB"
