@@ -559,7 +559,7 @@ def lag_of(metrics: str) -> int | None:
     """How many events a process has still to handle, from its metrics page; None when it handles none."""
     total, found = 0.0, False
     for line in metrics.splitlines():
-        if line.startswith(("kehu_consumer_lag_events", "kehu_relay_outbox_events", "kehu_projector_lag_events")):
+        if line.startswith(("kehu_consumer_lag_events", "kehu_relay_outbox_events")):
             total, found = total + float(line.rpartition(" ")[2]), True
     return int(total) if found else None
 
