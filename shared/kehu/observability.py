@@ -195,7 +195,8 @@ def configure_logging(service: str, role: str, level: str = "info", form: str = 
     root.setLevel(level.upper())
     logging.captureWarnings(True)
     logging.getLogger("uvicorn.access").disabled = True  # requests are counted, not told one by one
-    for chatty in ("uvicorn.error", "httpx", "httpcore", "aiokafka", "asyncio", "faust", "mode"):
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it warns of every broken request of a stranger
+    for chatty in ("httpx", "httpcore", "aiokafka", "asyncio", "faust", "mode"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
 
 

@@ -70,14 +70,12 @@ class RoleContext:
     Args:
         health: of the whole process.
         stopping: set when the process was told to stop.
-        address: where it serves HTTP, if it does.
     """
 
     service: str
     name: str
     health: Health
     stopping: asyncio.Event
-    address: str | None = None
     callbacks: list[Callable[[], Awaitable[None] | None]] = field(default_factory=list)
 
     def on_stop(self, callback: Callable[[], Awaitable[None] | None]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from asyncio import TimerHandle, Transport
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,11 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            log.info("listening", extra={"port": self.servers[0].sockets[0].getsockname()[1]})
+
 
 async def serve(app: ASGIApp, settings: ServiceSettings) -> None:
     """Serve an app until the process is told to stop: then accept no more, finish what is under way, and leave its lifespan.
@@ -107,7 +113,6 @@ async def serve(app: ASGIApp, settings: ServiceSettings) -> None:
 
     if role is not None:
         role.on_stop(stop)
-        role.address = f"http://{settings.http_host}:{settings.http_port}"
     await server.serve()
     if not server.started:
         raise RuntimeError("the HTTP server did not start")
