@@ -9,6 +9,7 @@ from analytics.read_models import READ_MODELS, generations
 from analytics.read_models.lake import LakeLoader
 from analytics.read_models.live import keep_live
 from analytics.settings import Settings
+from analytics.subscriptions import TOPICS
 from kehu.migrations import create_database, of_service
 from kehu.migrations import migrate as apply_migrations
 from kehu.postgres import open_pool
@@ -24,9 +25,32 @@ def migrate(settings: Settings) -> None:
 
 async def api(settings: Settings) -> None:
     """The HTTP API."""
-    from analytics.api.app import run
+    from analytics.api.routes import Funnels, router
+    from kehu.http import create_app, serve
+    from kehu.kafka.tail import Ends
 
-    await run(settings)
+    assert settings.lake_path is not None
+    role = current_role()
+    pool = open_pool(settings.database_url, "analytics", settings.pool_size)
+    ends = Ends(settings.kafka_bootstrap, TOPICS)
+    app = create_app(
+        settings,
+        title="Kehu analytics",
+        description="Funnels, counts, timelines and conversion, over all that was recorded.",
+        routers=[router],
+        health=role.health if role else None,
+        state={
+            "clock": settings.clock(),
+            "pool": pool,
+            "ends": ends,
+            "funnels": Funnels(settings.lake_path, settings.funnels_at_once),
+        },
+    )
+    try:
+        await serve(app, settings)
+    finally:
+        await ends.close()
+        pool.close()
 
 
 async def consumer(settings: Settings) -> None:
@@ -71,11 +95,15 @@ async def lake(settings: Settings) -> None:
 
 async def rebuild(settings: Settings) -> None:
     """Build one read model anew beside the live one and switch; says on standard output how far it is."""
-    from analytics.read_models.rebuild import Rebuild, print_step
+    from analytics.read_models.rebuild import EXPECTED, Rebuild, print_failure, print_step
 
-    if settings.projection is None:
-        raise generations.UnknownProjection("set KEHU_PROJECTION to the read model to rebuild")
-    await Rebuild(settings, settings.projection, print_step).run()
+    try:
+        if settings.projection is None:
+            raise generations.UnknownProjection("set KEHU_PROJECTION to the read model to rebuild")
+        await Rebuild(settings, settings.projection, print_step, fresh=settings.rebuild_fresh).run()
+    except EXPECTED as error:
+        print_failure(error)
+        raise
 
 
 SERVICE = Service(

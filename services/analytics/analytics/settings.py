@@ -37,6 +37,7 @@ class Settings(ServiceSettings):
         description="Read model that the role `rebuild` builds anew; `kehu replay` sets it.",
         examples=["lead_journey"],
     )
+    rebuild_fresh: bool = Field(False, description="Begin a rebuild anew even if an interrupted one could go on.")
     stream_batch: int = Field(
         500, ge=1, le=10_000, description="The most events of one transaction of the live counters."
     )

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 import psycopg
@@ -18,9 +19,10 @@ from analytics.read_models.base import GenerationalModel
 from analytics.read_models.generations import Build, NotReady
 from analytics.settings import Settings
 from analytics.subscriptions import TOPICS, projection
-from kehu.kafka.consumer import ConsumerRunner
+from kehu.kafka.consumer import ConsumerRunner, SubscriptionStopped
 from kehu.kafka.guard import Place
 from kehu.kafka.tail import Ends
+from kehu.kafka.topics import TopicMismatch
 from kehu.postgres import Connection, Pool, connect, open_pool
 
 log = logging.getLogger(__name__)
@@ -49,15 +51,26 @@ class Step:
 
 
 Report = Callable[[Step], None]
+# What a person can do something about.
+EXPECTED = (generations.UnknownProjection, NotReady, TopicMismatch, SubscriptionStopped)
 
 
 def print_step(step: Step) -> None:
     """One JSON object a line on standard output, for `kehu replay` and for the logs of a job."""
-    sys.stdout.write(orjson.dumps(step).decode() + "\n")
+    _print(step)
+
+
+def print_failure(error: Exception) -> None:
+    """The reason of a failed rebuild, in the same manner."""
+    _print({"state": "failed", "reason": str(error)})
+
+
+def _print(line: Any) -> None:
+    sys.stdout.write(orjson.dumps(line).decode() + "\n")
     sys.stdout.flush()
 
 
-class RebuildRunning(RuntimeError):
+class RebuildRunning(NotReady):
     """Somebody else rebuilds this read model."""
 
 
