@@ -34,9 +34,11 @@ if TYPE_CHECKING:
 FIELDS = frozenset(
     """
     action actor attempts batch before bytes cause code command constraint consumer correlation_id count cursor customer_id database
-    deadline_seconds delay_seconds depth duration_ms epoch error event_id event_type events exit_code fields frames generation generations handler held
+    deadline_seconds delay_seconds depth duration_ms epoch error event_id event_type events exit_code fields frames generation generations
+    handler held
     holder kind lag lag_seconds lead_id lease listening method migration model model_version offset oldest_seconds partition
-    partitions pause pid port position process projection projector reason removed relay_epoch request_id role roles route rows seconds service signal
+    partitions pause pid port position process projection projector
+    reason removed relay_epoch request_id role roles route rows seconds service signal
     slug sqlstate status stream streams subscription table task timer topic topics total trace_id type types version versions
     waiting written
     """.split()  # noqa: SIM905 (eighty words read better so)
