@@ -6,10 +6,11 @@ else is encoded twice.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from operator import itemgetter
 from typing import Any
 from uuid import UUID
 
@@ -21,6 +22,13 @@ from kehu.events.values import PlaintextLeak
 CONTENT_TYPE = "application/cloudevents+json"
 SOURCE_PREFIX = "/kehu/"
 SCHEMA_PREFIX = "urn:kehu:schema:"
+
+
+_REQUIRED = itemgetter(
+    *("type", "subject", "streamversion", "partitionkey", "data"),
+    *("id", "source", "correlationid", "causationid", "actor", "storeepoch", "time", "recordedtime"),
+)
+_UUID = re.compile("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}").fullmatch
 
 
 class MalformedEnvelope(ValueError):
@@ -110,26 +118,31 @@ def with_position(state: bytes, position: int) -> bytes:
 class Recorded:
     """An event as it was read back: from the store, from Kafka or from a file. The event itself is decoded when asked for."""
 
+    __slots__ = ("_attributes", "_event", "_id", "data", "partition_key", "position", "stream", "type", "version")
+
     def __init__(self, attributes: Mapping[str, Any]) -> None:
+        # A consumer makes one of these for every event of a topic, so what few ask for is looked up when it is asked for.
         self._attributes = attributes
+        self._event: Event | None = None
+        self._id: UUID | None = None
+        self.type: str
+        self.stream: str
+        self.version: int
+        self.partition_key: str
+        self.data: dict[str, Any]
         try:
-            self.id: UUID = UUID(attributes["id"])
-            self.type: str = attributes["type"]
-            self.stream: str = attributes["subject"]
-            self.version: int = attributes["streamversion"]
-            self.producer: str = attributes["source"].removeprefix(SOURCE_PREFIX)
-            self.partition_key: str = attributes["partitionkey"]
-            self.customer_id: str | None = attributes.get("customerid")
-            self.correlation_id: str = attributes["correlationid"]
-            self.causation_id: str = attributes["causationid"]
-            self.actor: str = attributes["actor"]
-            self.traceparent: str | None = attributes.get("traceparent")
-            self.store_epoch: str = attributes["storeepoch"]
+            self.type, self.stream, self.version, self.partition_key, self.data, *texts = _REQUIRED(attributes)
             self.position: int = attributes.get("position", 0)
-            self.data: dict[str, Any] = attributes["data"]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            right = (
+                type(self.type) is type(self.stream) is type(self.partition_key) is str
+                and type(self.version) is int
+                and self.version > 0
+                and type(self.data) is dict
+                and _UUID(texts[0]) is not None
+            )
+        except (KeyError, TypeError, AttributeError) as error:
             raise MalformedEnvelope(f"not an envelope: {error!r}") from error
-        if not isinstance(self.data, dict) or not isinstance(self.stream, str) or not isinstance(self.version, int):
+        if not right:
             raise MalformedEnvelope("not an envelope: wrong types")
 
     @classmethod
@@ -151,17 +164,61 @@ class Recorded:
             attributes["position"] = position
         return cls(attributes)
 
-    @cached_property
+    @property
+    def id(self) -> UUID:
+        """Unique id of the event."""
+        if self._id is None:
+            self._id = UUID(self._attributes["id"])
+        return self._id
+
+    @property
+    def producer(self) -> str:
+        """The service that recorded it."""
+        return str(self._attributes["source"]).removeprefix(SOURCE_PREFIX)
+
+    @property
+    def customer_id(self) -> str | None:
+        """Whose event it is; None for policies and models."""
+        customer: str | None = self._attributes.get("customerid")
+        return customer
+
+    @property
+    def correlation_id(self) -> str:
+        """The same along a whole chain of commands and events."""
+        return str(self._attributes["correlationid"])
+
+    @property
+    def causation_id(self) -> str:
+        """The request or event behind it."""
+        return str(self._attributes["causationid"])
+
+    @property
+    def actor(self) -> str:
+        """Who caused it."""
+        return str(self._attributes["actor"])
+
+    @property
+    def traceparent(self) -> str | None:
+        """W3C trace context."""
+        trace: str | None = self._attributes.get("traceparent")
+        return trace
+
+    @property
+    def store_epoch(self) -> str:
+        """Which life of the producer's store recorded it."""
+        return str(self._attributes["storeepoch"])
+
+    @property
     def time(self) -> datetime:
         """Business time."""
         return datetime.fromisoformat(self._attributes["time"])
 
-    @cached_property
+    @property
     def recorded(self) -> datetime:
         """When the store took it."""
         return datetime.fromisoformat(self._attributes["recordedtime"])
 
-    @cached_property
+    @property
     def event(self) -> Event:
         """The event, upcast to the current version. Personal data is sealed until a keyring opens it.
 
@@ -169,7 +226,9 @@ class Recorded:
             UnknownEvent: this release does not know the type.
             pydantic.ValidationError: the data does not fit the type.
         """
-        return decode(self.type, self.data)
+        if self._event is None:
+            self._event = decode(self.type, self.data)
+        return self._event
 
     @property
     def attributes(self) -> Mapping[str, Any]:
