@@ -54,7 +54,12 @@ def history(epoch: str, seed: str = "") -> Iterator[Pending]:
         yield Pending(_envelope(f"lead-{lead}", 1, customer, at, epoch), captured)
         for version, kind in enumerate(KINDS, 1):
             behaviour = BehaviourRecorded(
-                behaviour_id=uuid5(lead, kind), customer_id=customer, lead_id=lead, kind=kind, object="/pricing", channel="website"
+                behaviour_id=uuid5(lead, kind),
+                customer_id=customer,
+                lead_id=lead,
+                kind=kind,
+                object="/pricing",
+                channel="website",
             )
             yield Pending(_envelope(f"activity-{customer}-202601", version, customer, at, epoch), behaviour)
         number += 1
@@ -177,7 +182,9 @@ def publisher(kind: str, url: str, bootstrap: str, topic: str) -> None:
     """The process that publishes, in the trickle."""
     pool = open_pool(url, "publisher", size=3)
     store = EventStore(pool, "lead-intake")
-    asyncio.run(bare_loop(url, store, bootstrap, topic) if kind == "bare" else Relay(pool, store, bootstrap, topic).run())
+    asyncio.run(
+        bare_loop(url, store, bootstrap, topic) if kind == "bare" else Relay(pool, store, bootstrap, topic).run()
+    )
 
 
 def trickle(kind: str, postgres_url: str, bootstrap: str, seconds: float, rate: float) -> list[float]:
@@ -186,8 +193,12 @@ def trickle(kind: str, postgres_url: str, bootstrap: str, seconds: float, rate: 
 
     async def run() -> list[float]:
         topic = await _fresh_topic(bootstrap)
-        process = subprocess.Popen([sys.executable, "-m", "bench.relay", "--publisher", kind, "--of", f"{url} {bootstrap} {topic}"])
-        consumer = AIOKafkaConsumer(topic, bootstrap_servers=bootstrap, auto_offset_reset="earliest", fetch_max_wait_ms=500)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bench.relay", "--publisher", kind, "--of", f"{url} {bootstrap} {topic}"]
+        )
+        consumer = AIOKafkaConsumer(
+            topic, bootstrap_servers=bootstrap, auto_offset_reset="earliest", fetch_max_wait_ms=500
+        )
         await consumer.start()
         pending = history(store.epoch, secrets.token_hex(2))
         committed: dict[str, float] = {}
@@ -257,7 +268,9 @@ def main(
         while rows := store.read(cursor, 10_000):
             messages += [(key_of(row.state), row.value()) for row in rows]
             cursor = rows[-1].cursor
-        console.print(f"{len(messages)} events, {sum(len(v) for _, v in messages) // len(messages)} bytes each on average")
+        console.print(
+            f"{len(messages)} events, {sum(len(v) for _, v in messages) // len(messages)} bytes each on average"
+        )
         compare(
             f"Relay, {events} events in bulk",
             "events/s",
@@ -280,7 +293,9 @@ def main(
                 f"Commit to topic at {rate:.0f} commits/s, p{which}",
                 "ms",
                 [
-                    Contender("bare aiokafka loop woken by NOTIFY", "limit", lambda which=which: percentile("bare", which)),
+                    Contender(
+                        "bare aiokafka loop woken by NOTIFY", "limit", lambda which=which: percentile("bare", which)
+                    ),
                     Contender("relay", "ours", lambda which=which: percentile("relay", which)),
                 ],
                 repeat,

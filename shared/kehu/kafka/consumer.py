@@ -11,7 +11,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -98,6 +98,22 @@ class _TryAgain(Exception):
     """An event failed and has attempts left."""
 
 
+@dataclass(slots=True)
+class _Batch:
+    """What was fetched and parsed, on its way to be applied.
+
+    Args:
+        assignment: number of the assignment under which it was fetched; under another one it is thrown away.
+        oldest: when the oldest of its records was written, in seconds.
+        fetched: when it was fetched, on the monotonic clock.
+    """
+
+    assignment: int
+    items: list[Item]
+    oldest: float
+    fetched: float
+
+
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
     """Tells the runner of rebalances. aiokafka swallows errors of these calls, so nothing here can fail."""
 
@@ -143,14 +159,17 @@ class ConsumerRunner:
         self._reader = Reader(subscription.effect.types)
         self._anywhere = subscription.start != "beginning"
         self._replay = Replay(pool, self.consumer, subscription.effect, self._reader, self._anywhere)
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"consumer-{subscription.name}")
+        # One thread parses the next batch while the other waits for the database.
+        self._executor = ThreadPoolExecutor(2, thread_name_prefix=f"consumer-{subscription.name}")
         self._kafka: Any = None
         # Next offset of each partition that is ours, as stored. Empty while a rebalance goes on.
         self.positions: dict[Place, int] = {}
         self._open: dict[str, Open] = {}
         self._assigned: set[Place] = set()
+        self._assignment = 0
         self._take_over = False
         self._leaving = asyncio.Event()
+        self._fetched: asyncio.Queue[_Batch] = asyncio.Queue(maxsize=1)
         self._running = asyncio.Lock()
         self._suspect: _Suspect | None = None
         self._serve_at = 0.0
@@ -196,40 +215,56 @@ class ConsumerRunner:
             max_partition_fetch_bytes=4 << 20,
             **self.security,
         )
-        committing: asyncio.Task[None] | None = None
         try:
             await self._kafka.start()
             self._kafka.subscribe(list(self.topics), listener=_Listener(self))
-            committing = asyncio.create_task(self._commit_for_tools(), name=f"commit-{self.consumer}")
-            while True:
-                await self._turn()
+            await _together(self._fetch(), self._handle(), self._commit_for_tools())
         finally:
-            if committing is not None:
-                committing.cancel()
-                await asyncio.gather(committing, return_exceptions=True)
             with contextlib.suppress(KafkaError, TimeoutError, OSError):
                 async with asyncio.timeout(5.0):
                     await self._commit()
             with contextlib.suppress(KafkaError, TimeoutError, OSError):
                 async with asyncio.timeout(10.0):
                     await self._kafka.stop()
-            self.positions.clear()
+            self._forget()
 
-    async def _turn(self) -> None:
-        """Fetch and handle one batch."""
-        if self._take_over:
-            await self._begin()
-            return
-        fetched = await self._kafka.getmany(timeout_ms=250, max_records=self.subscription.batch)
-        async with self._running:
-            if self._take_over or not self.positions:
-                return  # fetched before the partitions were ours, or of partitions that are not ours any more
-            if fetched:
-                await self._work_off(fetched)
-            if time.monotonic() >= self._serve_at and self.positions and not self._leaving.is_set():
-                self._serve_at = time.monotonic() + 1.0
-                self._show()
-                await self._patiently(self._serve)
+    async def _fetch(self) -> None:
+        """Fetch and parse batches, one ahead of the one that is being applied."""
+        while True:
+            if self._take_over:
+                await self._begin()
+                continue
+            fetched = await self._kafka.getmany(timeout_ms=250, max_records=self.subscription.batch)
+            assignment = self._assignment
+            if self._take_over or not self.positions or not fetched:
+                continue  # nothing, or fetched before we went to the stored offsets
+            parsing = asyncio.get_running_loop().run_in_executor(self._executor, self._parse, fetched)
+            oldest = min(records[0].timestamp for records in fetched.values()) / 1000
+            await self._fetched.put(_Batch(assignment, await parsing, oldest, time.perf_counter()))
+
+    def _parse(self, fetched: Mapping[Any, Sequence[Any]]) -> list[Item]:
+        read = self._reader.item
+        items: list[Item] = []
+        for tp, records in fetched.items():
+            place = Place(tp.topic, tp.partition)
+            items += [read(place, r.offset, r.key, r.value, r.headers) for r in records]
+        return items
+
+    async def _handle(self) -> None:
+        """Apply what was fetched, and serve what people asked for."""
+        while True:
+            batch: _Batch | None = None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, self._serve_at - time.monotonic())):
+                    batch = await self._fetched.get()
+            async with self._running:
+                if batch is not None and batch.assignment == self._assignment and self.positions:
+                    await self._work_off(batch)
+                if time.monotonic() >= self._serve_at:
+                    self._serve_at = time.monotonic() + 1.0
+                    if self.positions and not self._leaving.is_set():
+                        self._show()
+                        await self._patiently(self._serve)
 
     # Partitions come and go ------------------------------------------------------------------------------------------
 
@@ -244,14 +279,18 @@ class ConsumerRunner:
         and forget everything about them."""
         self._leaving.set()
         async with self._running:
-            for place in self.positions:
-                with contextlib.suppress(KeyError):  # who has the partition now tells its lag
-                    metrics.CONSUMER_LAG.remove(self.consumer, *place)
-            self.positions.clear()
-            self._open.clear()
-            self._suspect = None
-            self._oldest = None
-            self._take_over = False
+            self._forget()
+
+    def _forget(self) -> None:
+        for place in self.positions:
+            with contextlib.suppress(KeyError):  # who has the partition now tells its lag
+                metrics.CONSUMER_LAG.remove(self.consumer, *place)
+        self._assignment += 1  # what was fetched before is thrown away
+        self.positions = {}
+        self._open = {}
+        self._suspect = None
+        self._oldest = None
+        self._take_over = False
 
     async def _begin(self) -> None:
         """Go to the stored offsets of the partitions that were assigned."""
@@ -305,15 +344,13 @@ class ConsumerRunner:
 
     # A batch ---------------------------------------------------------------------------------------------------------
 
-    async def _work_off(self, fetched: Mapping[Any, Sequence[Any]]) -> None:
-        """Handle what was fetched, however often it takes, until all of it is committed or the partitions are taken away."""
-        started = time.perf_counter()
-        timestamps = [records[0].timestamp for records in fetched.values() if records]
-        self._oldest = min(timestamps) / 1000
-        await self._patiently(lambda: self._attempt(fetched))
-        if not self._leaving.is_set():
+    async def _work_off(self, batch: _Batch) -> None:
+        """Apply a batch, however often it takes, until all of it is committed or the partitions are taken away."""
+        self._oldest = batch.oldest
+        await self._patiently(lambda: self._attempt(batch.items))
+        if batch.assignment == self._assignment:
             self._oldest = None
-        metrics.CONSUMER_SECONDS.labels(self.consumer).observe(time.perf_counter() - started)
+        metrics.CONSUMER_SECONDS.labels(self.consumer).observe(time.perf_counter() - batch.fetched)
 
     async def _patiently(self, work: Callable[[], T]) -> T | None:
         """Do `work` in the thread until it succeeds, waiting longer after each failure. None when the partitions were taken
@@ -326,7 +363,7 @@ class ConsumerRunner:
                 log.warning(
                     "progress was moved by another process", extra={"consumer": self.consumer, "error": str(error)}
                 )
-                self.positions = {}
+                self._forget()
                 self._take_over = not self._leaving.is_set()
                 return None
             except (_TryAgain, *_WAIT_FOR) as error:
@@ -374,16 +411,10 @@ class ConsumerRunner:
             finally:
                 self._kafka.resume(*(self._kafka.assignment() & assigned))
 
-    def _attempt(self, fetched: Mapping[Any, Sequence[Any]]) -> None:
-        """In the thread: parse and apply what is not committed yet, the event that failed last on its own first."""
-        items: list[Item] = []
-        for tp, records in fetched.items():
-            place = Place(tp.topic, tp.partition)
-            position = self.positions.get(place)
-            if position is None:
-                continue
-            read = self._reader.item
-            items += [read(place, r.offset, r.key, r.value, r.headers) for r in records if r.offset >= position]
+    def _attempt(self, items: Sequence[Item]) -> None:
+        """In a thread: apply what is not committed yet, the event that failed last on its own first."""
+        positions = self.positions
+        items = [item for item in items if item.offset >= positions.get(item.place, item.offset + 1)]
         if not items:
             return
         suspect = self._suspect
@@ -535,3 +566,16 @@ class ConsumerRunner:
         offsets = {tp: offset for tp, offset in offsets.items() if tp in assigned}
         if offsets:
             await self._kafka.commit(offsets)
+
+
+async def _together(*parts: Coroutine[Any, Any, None]) -> None:
+    """Run parts that never end by themselves, until one fails or all are cancelled."""
+    tasks = [asyncio.create_task(part, name=getattr(part, "__qualname__", "part")) for part in parts]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -57,6 +57,7 @@ class Reader:
 
     def __init__(self, types: Types) -> None:
         self._names = None if types is None else frozenset(cls.NAME for cls in types)
+        self._wanted: dict[str, bool] = {}
 
     def item(
         self, place: Place, offset: int, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes]]
@@ -67,19 +68,23 @@ class Reader:
         except MalformedEnvelope as error:
             return Item(place, offset, key, value, headers, None, True, describe(error))
         if key is None or key != recorded.partition_key.encode():
-            return Item(place, offset, key, value, headers, recorded, True, "the record's key is not its partitionkey")
-        wanted = self._names is None or recorded.type.rpartition(".v")[0] in self._names
-        poison: str | None = None
+            reason = "the record's key is not its partitionkey"
+            return Item(place, offset, key, value, headers, recorded, True, reason)
+        wanted = self._wanted.get(recorded.type)
+        if wanted is None:
+            wanted = self._wants(recorded.type)
         if wanted:
             try:
                 _ = recorded.event
-            except (
-                LookupError,
-                ValueError,
-                TypeError,
-            ) as error:  # unknown type, data that does not fit, a failing upcaster
-                poison = describe(error)
-        return Item(place, offset, key, value, headers, recorded, wanted, poison)
+            except (LookupError, ValueError, TypeError) as error:  # unknown, does not fit, or a failing upcaster
+                return Item(place, offset, key, value, headers, recorded, True, describe(error))
+        return Item(place, offset, key, value, headers, recorded, wanted, None)
+
+    def _wants(self, wire: str) -> bool:
+        wanted = self._names is None or wire.rpartition(".v")[0] in self._names
+        if len(self._wanted) < 1000:  # types come from outside
+            self._wanted[wire] = wanted
+        return wanted
 
 
 # Messages of these are ours and have no data of people in them. Of other errors only the class and the place are kept.
@@ -191,15 +196,15 @@ def judge(items: Sequence[Item], versions: dict[str, int], parked: Mapping[str, 
     return verdict
 
 
-_VERSIONS = "SELECT stream, version FROM consumer_streams WHERE consumer = %s AND stream = ANY(%s)"
+_VERSIONS = "SELECT stream, version FROM consumer_streams WHERE consumer = %s AND stream = ANY(%b)"
 _MOVE = """
 UPDATE consumer_offsets o SET next_offset = n.next, moved_at = now()
-FROM unnest(%s::text[], %s::int[], %s::bigint[], %s::bigint[]) AS n (topic, partition, expected, next)
+FROM unnest(%b::text[], %b::int[], %b::bigint[], %b::bigint[]) AS n (topic, partition, expected, next)
 WHERE o.consumer = %s AND o.topic = n.topic AND o.partition = n.partition AND o.next_offset = n.expected
 """
 _SET_VERSIONS = """
 INSERT INTO consumer_streams AS s (consumer, stream, version)
-SELECT %s, * FROM unnest(%s::text[], %s::bigint[])
+SELECT %s, * FROM unnest(%b::text[], %b::bigint[])
 ON CONFLICT (consumer, stream) DO UPDATE SET version = EXCLUDED.version WHERE s.version < EXCLUDED.version
 """
 # A replay of a topic brings the same versions again: they are parked once.
