@@ -12,15 +12,17 @@ import hmac
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from uuid import UUID
 
-import httpx
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from kehu.events import Event, Personal, PersonalState, Recorded
 from kehu.postgres import Pool, Row, Unnest
+
+if TYPE_CHECKING:
+    import httpx
 
 KEY_BYTES = 32
 _NONCE = 12
@@ -221,6 +223,8 @@ class HttpKeyring:
         self._cache = _Cache(cache_seconds, 50_000)
 
     def keys(self, customer_ids: Iterable[str]) -> dict[str, bytes | None]:
+        import httpx  # it brings a whole command line: not for the many processes that ask nobody
+
         known, missing = self._cache.take(customer_ids)
         for start in range(0, len(missing), self.BATCH):
             asked = missing[start : start + self.BATCH]

@@ -185,7 +185,7 @@ class Process:
                 raise NotReady(f"{self.name} cannot start:\n{self.log_tail(15)}")
             if time.monotonic() > end:
                 raise NotReady(f"{self.name} is not ready after {deadline:g} s:\n{self.log_tail(15)}")
-            pause.wait(0.05)
+            pause.wait(0.1)
 
     def log_tail(self, lines: int = 50) -> str:
         """The end of its log."""
