@@ -25,20 +25,20 @@ SELECT NULL, NULL, NULL, command_id FROM commands WHERE command_id = ANY(%b::uui
 """
 _CUSTOMER = Unnest(
     "INSERT INTO customers (customer_id, number, open_lead)"
-    " SELECT * FROM unnest(%s::text[], %s::text[], %s::uuid[]) AS new (c, n, l) ORDER BY c"
+    " SELECT * FROM unnest(%b::text[], %b::text[], %b::uuid[]) AS new (c, n, l) ORDER BY c"
 )
 _CONTACT = Unnest(
-    "INSERT INTO contact_index (hash, customer_id) SELECT * FROM unnest(%s::bytea[], %s::text[]) AS new (h, c) ORDER BY h"
+    "INSERT INTO contact_index (hash, customer_id) SELECT * FROM unnest(%b::bytea[], %b::text[]) AS new (h, c) ORDER BY h"
 )
 _CONTACT_IF_FREE = Unnest(
-    "INSERT INTO contact_index (hash, customer_id) SELECT * FROM unnest(%s::bytea[], %s::text[]) AS new (h, c) ORDER BY h"
+    "INSERT INTO contact_index (hash, customer_id) SELECT * FROM unnest(%b::bytea[], %b::text[]) AS new (h, c) ORDER BY h"
     " ON CONFLICT DO NOTHING"
 )
-_HOLD = Unnest("SELECT hold_customer(c, l) FROM unnest(%s::text[], %s::uuid[]) AS held (c, l) ORDER BY c")
+_HOLD = Unnest("SELECT hold_customer(c, l) FROM unnest(%b::text[], %b::uuid[]) AS held (c, l) ORDER BY c")
 # The same for customers whom an earlier capture of the batch registers. Rows are written text by text in order of first
 # appearance, and this text never appears before that capture's rows.
-_HOLD_FRESH = Unnest("SELECT hold_customer(c, l) FROM unnest(%s::text[], %s::uuid[]) AS fresh (c, l) ORDER BY c")
-_OPEN = Unnest("SELECT open_lead(c, l) FROM unnest(%s::text[], %s::uuid[]) AS opened (c, l) ORDER BY c")
+_HOLD_FRESH = Unnest("SELECT hold_customer(c, l) FROM unnest(%b::text[], %b::uuid[]) AS fresh (c, l) ORDER BY c")
+_OPEN = Unnest("SELECT open_lead(c, l) FROM unnest(%b::text[], %b::uuid[]) AS opened (c, l) ORDER BY c")
 
 
 @dataclass(slots=True)

@@ -42,6 +42,9 @@ _BETWEEN_HAN = re.compile(r"(?<=[\u3400-\u9fff\uff08\uff09])\s+(?=[\u3400-\u9fff
 _CHINESE_BRACKETS = str.maketrans("()[]\u3014\u3015", "\uff08\uff09" * 3)
 # In Latin names they are ASCII, like comma, full stop, ampersand, apostrophe and hyphen.
 _LATIN_PUNCTUATION = str.maketrans("\uff08\uff09\uff0c\uff0e\uff06\uff07\uff0d", "(),.&'-")
+# Nearly every Chinese name is nothing but Chinese characters, without one that tells of a form above.
+_ONLY_HAN = re.compile(r"[\u3400-\u9fff]+")
+_TELLING = frozenset("責團業實貿")
 _TRAILING = "\u3002\uff1b\uff0c\u3001;,. "
 
 
@@ -53,6 +56,8 @@ def clean_company(value: str) -> tuple[str, tuple[str, ...]]:
     Raises:
         Unclean: there is a control character in it.
     """
+    if _ONLY_HAN.fullmatch(value) and _TELLING.isdisjoint(value) and not value.endswith("股份有限责任公司"):
+        return value, ()
     name, tidied = tidy("company", value)
     rules = list(tidied)
     narrow = half_width(name)
