@@ -6,7 +6,6 @@ import asyncio
 import logging
 
 from analytics.read_models import READ_MODELS, generations
-from analytics.read_models.lake import LakeLoader
 from analytics.read_models.live import keep_live
 from analytics.settings import Settings
 from analytics.subscriptions import TOPICS
@@ -85,6 +84,8 @@ async def stream(settings: Settings) -> None:
 
 async def lake(settings: Settings) -> None:
     """Topics → the lake."""
+    from analytics.read_models.lake import LakeLoader
+
     loader = LakeLoader(settings)
     role = current_role()
     if role is not None:

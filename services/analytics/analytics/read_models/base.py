@@ -19,7 +19,7 @@ class GenerationalModel:
     """One generation of a read model.
 
     Args:
-        generation: which one, from 1. It names the tables (`lead_journey_v1_g1`) and the consumer (`lead_journey@1`).
+        generation: which one, from 1. It names the tables (`lead_journey_v1_g1`) and the consumer (`lead_journey_g1`).
         timezone: whose days and months are counted.
     """
 
@@ -54,8 +54,8 @@ class GenerationalModel:
 
 
 def consumer_of(name: str, generation: int) -> str:
-    """The consumer that fills a generation, e.g. `lead_journey@2`."""
-    return f"{name}@{generation}"
+    """The consumer that fills a generation, e.g. `lead_journey_g2`."""
+    return f"{name}_g{generation}"
 
 
 def table_of(base: str, version: int, generation: int) -> sql.Identifier:

@@ -56,7 +56,7 @@ class Live:
 
 
 def progress_name(name: str, generation: int) -> str:
-    """The consumer in the database and the group in Kafka of a generation, e.g. `crm.analytics.lead_journey@2`."""
+    """The consumer in the database and the group in Kafka of a generation, e.g. `crm.analytics.lead_journey_g2`."""
     return group_of(SERVICE, consumer_of(name, generation))
 
 

@@ -19,13 +19,17 @@ from kehu.kafka.guard import Place
 from kehu.kafka.lease import Lease, LeaseLost
 from kehu.kafka.tail import Tail
 from kehu.kafka.topics import KafkaError
-from kehu.lake import AppendResult, LakeConflict, LakeWriter, Record, compact, vacuum
+from kehu.lake import AppendResult, Lake, LakeConflict, LakeWriter, Record, compact, vacuum
 
 log = logging.getLogger(__name__)
 
 CONSUMER = "crm.analytics.lake"
 _WAIT_FOR = (KafkaError, psycopg.OperationalError, LeaseLost, LakeConflict, ConnectionError, TimeoutError)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
+# How long after the death of a loader another one takes over.
+_LEASE_SECONDS = 15.0
+# Files in the tail after which it is sorted in, however few events they hold: a reader opens each of them.
+_MOST_FILES = 500
 
 
 class LakeLoader:
@@ -44,7 +48,7 @@ class LakeLoader:
         self._healthy = self._loading = False
         self._compacting: asyncio.Task[None] | None = None
         self._compacted_at = time.monotonic()
-        self._tail_events = 0
+        self._tail_events = self._tail_files = 0
 
     async def run(self) -> None:
         """Load until `stop`; what was read is then still written. Broker and database may go away for any time.
@@ -94,9 +98,8 @@ class LakeLoader:
     async def _lead(self) -> None:
         self._healthy = True  # a standby is ready as well
         try:
-            async with Lease(
-                self.settings.database_url, CONSUMER, f"lake {os.getpid()} {socket.gethostname()}"
-            ) as lease:
+            holder = f"lake {os.getpid()} {socket.gethostname()}"
+            async with Lease(self.settings.database_url, CONSUMER, holder, _LEASE_SECONDS) as lease:
                 self._loading = True
                 loading = asyncio.create_task(self._load(), name="load")
                 keeping = asyncio.create_task(_keep(lease), name="lease")
@@ -113,6 +116,8 @@ class LakeLoader:
     async def _load(self) -> None:
         writer = await asyncio.to_thread(LakeWriter, self.path)
         offsets = await asyncio.to_thread(writer.offsets)
+        tail_files = (await asyncio.to_thread(lambda: Lake(self.path).snapshot())).of("tail")
+        self._tail_events, self._tail_files = sum(file.rows for file in tail_files), len(tail_files)
         async with Tail(self.settings.kafka_bootstrap, self.topics) as tail:
             known = {Place(*place): offset for place, offset in offsets.items()}
             await tail.begin({place: offset for place, offset in known.items() if place in tail.places})
@@ -150,14 +155,19 @@ class LakeLoader:
         if result.rejected:
             log.error("records that are no events are kept apart in the lake", extra={"count": result.rejected})
         self._tail_events += result.events
+        self._tail_files += 1
         return result
 
     def _compact_when_due(self) -> None:
-        due = self._tail_events >= self.settings.lake_compact_events or (
-            self._tail_events and time.monotonic() - self._compacted_at >= self.settings.lake_compact_seconds
-        )
-        if due and (self._compacting is None or self._compacting.done()):
-            self._tail_events, self._compacted_at = 0, time.monotonic()
+        if self._compacting is not None:
+            if not self._compacting.done():
+                return
+            compacting, self._compacting = self._compacting, None
+            compacting.result()  # raises what went wrong
+        old = time.monotonic() - self._compacted_at >= self.settings.lake_compact_seconds
+        many = self._tail_events >= self.settings.lake_compact_events or self._tail_files >= _MOST_FILES
+        if many or (old and self._tail_events):
+            self._tail_events, self._tail_files, self._compacted_at = 0, 0, time.monotonic()
             self._compacting = asyncio.create_task(self._compact(), name="compact")
 
     async def _compact(self) -> None:
