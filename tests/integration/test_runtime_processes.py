@@ -26,9 +26,8 @@ TINY = '''
 
 import asyncio, os
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-from kehu.http import Principal, Router, create_app, json_response, requires, serve
 from kehu.runtime import Service, current_role, main
 from kehu.settings import ServiceSettings
 
@@ -45,26 +44,10 @@ def migrate(settings):
         raise RuntimeError("this migration cannot work")
 
 
-router = Router()
-
-
-@router.get("/hello")
-async def hello(who: Annotated[Principal, requires("sales")]):
-    return json_response({"actor": who.actor, "pid": os.getpid()})
-
-
-@router.get("/slow")
-async def slow(who: Annotated[Principal, requires()]):
-    (HERE / "slow-began").touch()
-    while not (HERE / "slow-may-end").exists():
-        await asyncio.sleep(0.01)
-    return json_response({"slow": True})
-
-
 async def api(settings):
-    app = create_app(settings, title="Tiny", routers=[router], health=current_role().health)
-    await serve(app, settings)
-    (HERE / "api-left").touch()
+    from tiny.web import run
+
+    await run(settings)
 
 
 async def orderly(settings):
@@ -113,6 +96,38 @@ if __name__ == "__main__":
 '''
 
 
+WEB = """
+import asyncio, os
+from pathlib import Path
+from typing import Annotated
+
+from kehu.http import Principal, Router, create_app, json_response, requires, serve
+from kehu.runtime import current_role
+
+HERE = Path(os.environ["TINY_DIR"])
+router = Router()
+
+
+@router.get("/hello")
+async def hello(who: Annotated[Principal, requires("sales")]):
+    return json_response({"actor": who.actor, "pid": os.getpid()})
+
+
+@router.get("/slow")
+async def slow(who: Annotated[Principal, requires()]):
+    (HERE / "slow-began").touch()
+    while not (HERE / "slow-may-end").exists():
+        await asyncio.sleep(0.01)
+    return json_response({"slow": True})
+
+
+async def run(settings):
+    app = create_app(settings, title="Tiny", routers=[router], health=current_role().health)
+    await serve(app, settings)
+    (HERE / "api-left").touch()
+"""
+
+
 @dataclass(frozen=True)
 class Nowhere:
     """Addresses that nothing listens on: the tiny service asks for neither."""
@@ -126,6 +141,7 @@ def here(tmp_path: Path) -> Path:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "__init__.py").touch()
     (tmp_path / "tiny" / "__main__.py").write_text(TINY)
+    (tmp_path / "tiny" / "web.py").write_text(WEB)
     return tmp_path
 
 

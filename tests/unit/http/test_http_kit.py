@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 from uuid import UUID
@@ -13,6 +13,8 @@ import httpx
 import psycopg
 import pytest
 from fastapi import APIRouter, FastAPI, Query, Request
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pydantic import BaseModel, EmailStr, Field, field_validator
 from starlette.responses import Response
 
@@ -68,7 +70,7 @@ class NewLead(Body):
     tags: tuple[str, ...] = ()
 
 
-Raise = Callable[[], Exception]
+FIELD_NAMES = st.sampled_from(["name", "contact", "phone", "email", "at", "customer_id", "facts", "tags"])
 
 
 class Probe:
@@ -130,7 +132,7 @@ def make_app(probe: Probe, **changes: Any) -> FastAPI:
     def door(_: Annotated[None, public()]) -> dict[str, bool]:
         return {"open": True}
 
-    settings = ServiceSettings(
+    made = ServiceSettings(
         environment="development",
         postgres_url="postgresql://kehu@127.0.0.1/postgres",
         kafka_bootstrap="127.0.0.1:9092",
@@ -138,7 +140,10 @@ def make_app(probe: Probe, **changes: Any) -> FastAPI:
         max_body_bytes=changes.pop("max_body_bytes", 1 << 20),
         max_in_flight=changes.pop("max_in_flight", 1000),
     )
-    return create_app(settings, title="Test", routers=[router], **changes)
+    return create_app(made, title="Test", routers=[router], **changes)
+
+
+APP = make_app(Probe())
 
 
 @pytest.fixture
@@ -331,6 +336,30 @@ async def test_a_stream_may_be_long_where_the_route_says_so(probe: Probe) -> Non
     assert response.json() == {"bytes": 3 << 20}
 
 
+def _answer(app: FastAPI, body: bytes) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        async with client_of(app) as client:
+            return await send(client, body)
+
+    return asyncio.run(ask())
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(FIELD_NAMES | st.text(max_size=8), inner, max_size=6),
+    max_leaves=25,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.binary(max_size=200) | ANY_JSON.map(lambda value: json.dumps(value).encode()))
+def test_no_body_whatever_is_a_mistake_of_ours(body: bytes) -> None:
+    response = _answer(APP, body)
+    assert response.status_code in (201, 400, 422), response.text
+    if response.status_code != 201:
+        problem(response, response.status_code, "invalid" if response.status_code == 422 else "not-json")
+
+
 # --- callers ----------------------------------------------------------------------------------------------------------
 
 
@@ -392,9 +421,8 @@ def test_a_route_must_say_who_may_call_it() -> None:
     @router.get("/x")
     async def x() -> None: ...
 
-    settings = make_app(Probe()).state.settings
     with pytest.raises(TypeError, match="who may call it"):
-        create_app(settings, title="x", routers=[router])
+        create_app(APP.state.settings, title="x", routers=[router])
 
 
 def test_a_router_of_another_kind_is_refused() -> None:
@@ -404,7 +432,7 @@ def test_a_router_of_another_kind_is_refused() -> None:
     async def x(_: Annotated[Principal, requires()]) -> None: ...
 
     with pytest.raises(TypeError, match=r"kehu\.http\.Router"):
-        create_app(make_app(Probe()).state.settings, title="x", routers=[router])
+        create_app(APP.state.settings, title="x", routers=[router])
 
 
 class Loose(BaseModel):
@@ -678,7 +706,7 @@ async def test_the_gate_is_started_and_drained(probe: Probe) -> None:
 
 
 def test_openapi_says_who_may_call_and_what_can_go_wrong() -> None:
-    document = make_app(Probe()).openapi()
+    document = APP.openapi()
     post = document["paths"]["/leads"]["post"]
     assert post["x-roles"] == ["sales", "marketing"]
     assert set(post["responses"]) == {"201", "400", "401", "403", "409", "412", "413", "415", "422", "503"}
