@@ -162,6 +162,13 @@ def test_a_score_as_of_a_past_time_and_at_a_coming_one(scoring: Running, sales: 
     refused(sales.get(f"/leads/{uuid4()}/score"), 404, "not-found")
     refused(sales.get(f"/leads/{lead}/score", params={"as_of": "2026-03-02T09:00:00"}), 422, "invalid")
     refused(sales.get(f"/leads/{lead}/score", params={"asof": "now"}), 422, "invalid")
+    for name, time in (
+        ("as_of", "1999-12-31T00:00:00Z"),
+        ("as_of", "2027-01-01T00:00:00Z"),
+        ("until", "9999-01-01T00:00:00Z"),
+    ):
+        problem = refused(sales.get(f"/leads/{lead}/score", params={name: time}), 422, "invalid")
+        assert [error["field"] for error in problem["errors"]] == [name]
 
 
 @pytest.mark.req("SC-04")

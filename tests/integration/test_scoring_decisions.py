@@ -155,9 +155,8 @@ class Suite:
         return told[-1] if told else None
 
     def explain(self, lead: UUID, as_of: datetime | None = None, until: datetime | None = None) -> Explanation | None:
-        as_of = as_of or self.clock.now()
         with self.pool.connection() as connection:
-            return explain(connection, self.books, lead, as_of, until or as_of)
+            return explain(connection, self.books, lead, until or as_of or self.clock.now(), as_of)
 
     def due(self) -> dict[UUID, datetime]:
         with self.pool.connection() as connection:

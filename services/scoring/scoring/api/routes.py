@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -46,6 +47,9 @@ from scoring.read_models.published_models import published
 
 READERS = (Role.SALES, Role.SERVICE, Role.MARKETING, Role.MANAGER, Role.ANALYST, Role.ADMIN, Role.SYSTEM)
 _MOST_VERSIONS = 2**31 - 1
+# The times that can be asked about: how far a score can be foreseen, and since when anything was recorded.
+AHEAD = timedelta(days=3650)
+EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
 
 router = Router(tags=["scoring"])
 LeadId = Annotated[UUID, Path(description="Id of the lead.")]
@@ -65,14 +69,24 @@ def get_score(
 ) -> Response:
     """The score of a lead with its parts and the events behind them, now or as of any past time."""
     clock: Clock = request.app.state.clock
-    as_of = clock.now() if as_of is None else min(as_of, clock.now())
+    now = clock.now()
+    _check_time("as_of", as_of, now)
+    _check_time("until", until, now + AHEAD)
     pool: Pool = request.app.state.pool
     with pool.connection() as connection, connection.transaction():
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
-        found = explanation.explain(connection, request.app.state.books, lead_id, as_of, until or as_of)
+        found = explanation.explain(connection, request.app.state.books, lead_id, until or as_of or now, as_of)
     if found is None:
         raise Problem(404, "Scoring knows no such lead, or did not know it then.")
     return json_response(asdict(found))
+
+
+def _check_time(name: str, at: datetime | None, latest: datetime) -> None:
+    if at is not None and not EARLIEST <= at <= latest:
+        reason = f"must be from {EARLIEST:%Y} on and not after {latest:%Y-%m-%dT%H:%M:%SZ}"
+        raise Problem(
+            422, "The time is out of bounds.", "invalid", errors=[FieldError(at="query", field=name, reason=reason)]
+        )
 
 
 @router.get("/leads/{lead_id}/score/history", response_model=HistoryAnswer, dependencies=[requires(*READERS)])

@@ -44,12 +44,18 @@ class Rescore:
 
 @dataclass(frozen=True, slots=True)
 class LeadScore:
-    """What was last recorded. `at` is the instant of the score, None before the first one."""
+    """What was last recorded.
+
+    Args:
+        at: the instant of the score, None before the first one.
+        model_version: by which it was scored.
+    """
 
     units: int = 0
     band: Band = "cold"
     qualified: bool = False
     at: datetime | None = None
+    model_version: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +97,9 @@ def decide(command: Rescore, state: LeadScore) -> Sequence[Event]:
 def evolve(state: LeadScore, event: Event) -> LeadScore:
     """The state after an event. Every event tells all of it, so a long history need not be read: the newest event is enough."""
     if isinstance(event, LeadScoreChanged | LeadScoreBandChanged):
-        return LeadScore(round(event.score * UNIT), event.band, event.qualified, event.at)
+        return LeadScore(round(event.score * UNIT), event.band, event.qualified, event.at, event.model_version)
     if isinstance(event, LeadQualified):
-        return LeadScore(round(event.score * UNIT), event.band, True, event.at)
+        return LeadScore(round(event.score * UNIT), event.band, True, event.at, event.model_version)
     return state
 
 
@@ -108,9 +114,12 @@ def instant(command: Rescore, state: LeadScore) -> datetime:
 def _passed(command: Rescore, state: LeadScore, until: datetime) -> Iterator[Evaluation]:
     """What time alone changed after the last score and before `until`."""
     book, inputs = command.book, command.inputs
-    if state.at is None or until - max(state.at, book.since) <= SECOND:
+    if state.at is None:
         return
-    before = evaluate(book, inputs, max(state.at, book.since))
+    since = state.at if state.model_version == book.version else max(state.at, book.since)
+    if until - since <= SECOND:
+        return
+    before = evaluate(book, inputs, since)
     low, high = quiet(book.model, state.band, state.qualified)
     if not low <= before.units < high:
         return  # another model or a late fact did that, not time

@@ -18,7 +18,7 @@ from kehu.postgres import Connection
 from scoring.domain.evaluation import Evaluation, Inputs, band_of, evaluate, quiet
 from scoring.domain.lead_score import LEAD_SCORE, LeadScore
 from scoring.read_models import inputs
-from scoring.read_models.published_models import Books
+from scoring.read_models.published_models import Books, NoModel
 
 _BEFORE = """
 SELECT state, notification_id FROM stored_events
@@ -54,14 +54,15 @@ class Explanation:
 
 
 def explain(
-    connection: Connection, books: Books, lead_id: UUID, as_of: datetime, until: datetime
+    connection: Connection, books: Books, lead_id: UUID, until: datetime, as_of: datetime | None = None
 ) -> Explanation | None:
     """The score of a lead, None when it was not known then.
 
     Args:
-        as_of: recorded time: what scoring came to know later does not count.
         until: business time: the instant that is scored, and what happened later does not count.
+        as_of: recorded time: what scoring came to know later does not count. None is all that is known.
     """
+    shown_as_of, as_of = as_of or until, as_of or inputs.FOREVER
     known = inputs.load(connection, (), [lead_id], as_of, until)
     asked = known.leads.get(lead_id)
     if asked is None:
@@ -77,14 +78,17 @@ def explain(
     if lead.closed_at is not None:
         until = state.at or until
     known_inputs = known.inputs(lead.lead_id)
-    book = books.in_force(connection, as_of)
+    try:
+        book = books.in_force(connection, as_of)
+    except NoModel:
+        return None
     evaluation = evaluate(book, known_inputs, until)
     return Explanation(
         asked_for=lead_id,
         lead_id=lead.lead_id,
         customer_id=lead.customer_id,
         open=lead.closed_at is None,
-        as_of=as_of,
+        as_of=shown_as_of,
         at=until,
         score=evaluation.score,
         band=band_of(book.model, evaluation.units, state.band),

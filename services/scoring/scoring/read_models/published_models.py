@@ -15,8 +15,10 @@ from scoring.domain.evaluation import Rulebook
 from scoring.read_models.inputs import FOREVER
 
 
-class NoModel(RuntimeError):
-    """No model was published yet, or none so early: the role `migrate` publishes the first."""
+class NoModel(ConnectionError):
+    """No model was published yet, or none so early: the role `migrate` publishes the first. Until then consumers wait, as for a
+    service that is not there.
+    """
 
 
 class Books:
