@@ -151,9 +151,9 @@ async def _until_stopped(service: Service, settings: ServiceSettings, roles: Seq
     log.info("stopping", extra={"reason": "asked" if asked else "a role ended"})
     deadline = asyncio.get_running_loop().time() + settings.stop_seconds
     _watchdog(settings.stop_seconds + 1.5)
-    await asyncio.gather(*(_stop(task, role, deadline) for task, role in tasks.items()))
+    orderly = await asyncio.gather(*(_stop(task, role, deadline) for task, role in tasks.items()))
     stopped.cancel()
-    failed = False
+    failed = not all(orderly)
     for task, role in tasks.items():
         error = None if task.cancelled() else task.exception()
         if error is not None:
@@ -176,9 +176,11 @@ async def _work(service: Service, settings: ServiceSettings, role: RoleContext) 
         await result
 
 
-async def _stop(task: asyncio.Task[None], role: RoleContext, deadline: float) -> None:
+async def _stop(task: asyncio.Task[None], role: RoleContext, deadline: float) -> bool:
+    """End a role; False when it did not end in order."""
     if task.done():
-        return
+        return True
+    orderly = True
     try:
         async with asyncio.timeout_at(deadline):
             for callback in role.callbacks:
@@ -189,11 +191,14 @@ async def _stop(task: asyncio.Task[None], role: RoleContext, deadline: float) ->
                 await asyncio.wait([task])
     except TimeoutError:
         log.warning("a role did not stop in time", extra={"role": role.name})
+        orderly = False
     except Exception:
-        log.exception("a role did not stop in order", extra={"role": role.name})
+        log.exception("a role could not be told to stop", extra={"role": role.name})
+        orderly = False
     if not task.done():
         task.cancel()
         await asyncio.wait([task])
+    return orderly
 
 
 def _asked_to_stop(stopping: asyncio.Event, number: int) -> None:

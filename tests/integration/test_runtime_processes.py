@@ -58,6 +58,16 @@ async def orderly(settings):
     (HERE / "orderly-left").touch()
 
 
+async def awkward(settings):
+    def refuse():
+        raise LookupError("13800138000")
+    current_role().on_stop(refuse)
+    try:
+        await asyncio.Event().wait()
+    finally:
+        (HERE / "awkward-left").touch()
+
+
 async def endless(settings):
     try:
         await asyncio.Event().wait()
@@ -89,7 +99,7 @@ async def ending(settings):
     await asyncio.sleep(0)
 
 
-roles = dict(migrate=migrate, api=api, orderly=orderly, endless=endless, stubborn=stubborn, unready=unready,
+roles = dict(migrate=migrate, api=api, orderly=orderly, awkward=awkward, endless=endless, stubborn=stubborn, unready=unready,
              broken=broken, ending=ending)
 if __name__ == "__main__":
     main(Service("tiny", Settings, roles))
@@ -270,6 +280,15 @@ def test_a_role_that_will_not_end_is_ended(make: Make, here: Path) -> None:
         process.stop(20)
         assert process.pid is None
         assert "did not stop in time" in process.log_tail()
+
+
+def test_a_role_that_cannot_be_told_to_stop_is_cancelled(make: Make, here: Path) -> None:
+    with make("awkward") as supervisor:
+        process = supervisor.process("tiny", "awkward")
+        process.stop()
+        assert (here / "awkward-left").exists()
+        assert "could not be told to stop" in process.log_tail()
+        assert "13800138000" not in process.log_tail()
 
 
 @pytest.mark.req("DC-03")
