@@ -206,6 +206,15 @@ async def test_poison_is_parked_with_all_headers_and_its_stream_waits(
         unfit,
         message("no-key", 1)._replace(key=None),
         message("wrong-key", 1)._replace(key=b"another"),
+        # What neither the tables nor their indexes can hold must not stop the partition.
+        message("nul", 1)._replace(value=message("nul", 1).value.replace(b'"subject":"nul"', b'"subject":"n\\u0000"')),
+        message("long", 1)._replace(
+            value=message("long", 1).value.replace(b'"subject":"long"', b'"subject":"%s"' % (b"l" * 9000))
+        ),
+        message("far", 1)._replace(
+            value=message("far", 1).value.replace(b'"streamversion":1', b'"streamversion":%d' % 10**30)
+        ),
+        unknown._replace(key=b"odd", value=b'{"type":"\\u0000"}', headers=[("\0", b"\0")]),
     ]
     around = [message(f"fine-{n}", v) for v in (1, 2) for n in range(10)]
     behind = [message("unfit", 3), message("unknown", 2)]
@@ -214,7 +223,7 @@ async def test_poison_is_parked_with_all_headers_and_its_stream_waits(
     async with Running(pool, kafka_bootstrap, topic, Project(pool, model)):
         await handled(pool, topic, len(everything))
         assert seen(pool) == up_to(unfit=1, **{f"fine-{n}": 2 for n in range(10)})
-        by_place = {(p.stream or p.key.decode() if p.key else p.stream, p.version): p for p in parked.list_parked(pool)}
+        by_place = {(p.stream or (p.key or b"").decode(), p.version): p for p in parked.list_parked(pool)}
         assert {place: p.status for place, p in by_place.items()} == {
             ("broken", None): "waiting",
             ("huge", None): "waiting",
@@ -226,6 +235,10 @@ async def test_poison_is_parked_with_all_headers_and_its_stream_waits(
             ("unfit", 3): "behind",
             ("no-key", 1): "waiting",
             ("wrong-key", 1): "waiting",
+            ("nul", None): "waiting",
+            ("long", None): "waiting",
+            ("far", None): "waiting",
+            ("odd", None): "waiting",
         }
         for original in poison[:4]:
             kept = by_place[original.key.decode() if original.key else "", None]
@@ -240,7 +253,7 @@ async def test_poison_is_parked_with_all_headers_and_its_stream_waits(
         await until(lambda: parked.show(pool, by_place["unfit", 2].id).attempts == 2, "it was tried and failed again")
         parked.ask(pool, by_place["unfit", 2].id, "drop", "user:1")
         await until(lambda: seen(pool)["unfit"] == [1, 3], "the stream goes on behind the dropped one")
-        await until(lambda: len(parked.list_parked(pool)) == 4, "only unknown and the two without their key wait")
+        await until(lambda: len(parked.list_parked(pool)) == 8, "only what was dropped or repaired does not wait")
         assert {p.status for p in parked.list_parked(pool, statuses=("dropped", "resolved"))} == {"dropped", "resolved"}
 
 

@@ -95,7 +95,7 @@ class Writers:
 
     def _write(self, store: EventStore, number: int, streams: int, versions: int, pause: float) -> None:
         rng = random.Random(number)
-        left = {n: 0 for n in range(streams)}
+        left = dict.fromkeys(range(streams), 0)
         try:
             while left:
                 some = rng.sample(sorted(left), min(len(left), rng.randint(1, 4)))

@@ -100,8 +100,8 @@ class Policy:
                 log.info(
                     "a policy's command was refused",
                     extra={
-                        "policy": self.name,
+                        "handler": self.name,
                         "slug": outcome.refusal.slug,
-                        "causation": request.context.causation_id,
+                        "event_id": request.context.causation_id,
                     },
                 )

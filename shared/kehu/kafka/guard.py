@@ -52,6 +52,10 @@ class Item:
         return self.recorded.version if self.recorded is not None else None
 
 
+# What the tables can hold: what comes from outside must not stop a partition.
+_LONGEST_STREAM, _GREATEST_VERSION = 500, 2**62
+
+
 class Reader:
     """Parses records and decodes the wanted events, so that what is broken is known before anything is applied."""
 
@@ -67,6 +71,8 @@ class Reader:
             recorded = Recorded.from_bytes(value)
         except MalformedEnvelope as error:
             return Item(place, offset, key, value, headers, None, True, describe(error))
+        if len(recorded.stream) > _LONGEST_STREAM or "\0" in recorded.stream or recorded.version > _GREATEST_VERSION:
+            return Item(place, offset, key, value, headers, None, True, "no store of ours has such a stream")
         if key is None or key != recorded.partition_key.encode():
             reason = "the record's key is not its partitionkey"
             return Item(place, offset, key, value, headers, recorded, True, reason)
@@ -93,6 +99,10 @@ _OURS = ("kehu.",)
 
 def describe(error: BaseException) -> str:
     """An error for the table of parked events: what, and where, without any value of the event."""
+    return _described(error).replace("\0", "").encode(errors="replace").decode()[:500]
+
+
+def _described(error: BaseException) -> str:
     kind = type(error)
     errors = getattr(error, "errors", None)
     if kind.__module__.startswith("pydantic") and callable(errors):
@@ -100,14 +110,14 @@ def describe(error: BaseException) -> str:
             f"{'.'.join(map(str, e['loc'])) or 'event'}: {e['type']}"
             for e in errors(include_input=False, include_url=False)
         ]
-        return f"the data does not fit the type: {'; '.join(places[:10])}"[:500]
+        return f"the data does not fit the type: {'; '.join(places[:10])}"
     diag = getattr(error, "diag", None)
     if diag is not None and getattr(error, "sqlstate", None):
         what = ", ".join(part for part in (diag.table_name, diag.column_name, diag.constraint_name) if part)
-        return f"{kind.__name__} ({error.sqlstate}{' ' + what if what else ''}) at {_where(error)}"[:500]  # type: ignore[attr-defined]
+        return f"{kind.__name__} ({error.sqlstate}{' ' + what if what else ''}) at {_where(error)}"  # type: ignore[attr-defined]
     if kind.__module__.startswith(_OURS):
-        return f"{kind.__name__}: {error}"[:500]
-    return f"{kind.__name__} at {_where(error)}"[:500]
+        return f"{kind.__name__}: {error}"
+    return f"{kind.__name__} at {_where(error)}"
 
 
 def _where(error: BaseException) -> str:
@@ -285,7 +295,7 @@ class Moved:
             "offset": item.offset,
             "key": item.key,
             "value": item.value,
-            "headers": json.dumps([[name, _text(value)] for name, value in item.headers]),
+            "headers": json.dumps([[name.replace("\0", ""), _text(value)] for name, value in item.headers]),
             "status": parking.status,
             "error": parking.error,
             "attempts": parking.attempts,

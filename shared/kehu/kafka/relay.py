@@ -207,7 +207,7 @@ class Relay:
             self._headers = (("content-type", CONTENT_TYPE.encode()), ("relay-epoch", b"%d" % lease.epoch))
             self.acknowledged = start
             metrics.RELAY_LEADER.labels(self.topic).set(1)
-            log.info("publishing", extra={"topic": self.topic, "from": str(start), "epoch": lease.epoch})
+            log.info("publishing", extra={"topic": self.topic, "cursor": str(start), "epoch": lease.epoch})
             async with Listener(self._url, self.poll) as listener:
                 await self._both(self._publish(producer, lease, listener, start), self._renew(lease))
         finally:
@@ -385,7 +385,7 @@ class Relay:
         tails, empty = await self._tails()
         if empty and saved > _ZERO:
             log.warning(
-                "the topic is empty: all events are published again", extra={"topic": self.topic, "saved": str(saved)}
+                "the topic is empty: all events are published again", extra={"topic": self.topic, "cursor": str(saved)}
             )
             await lease.reset()
             saved = _ZERO

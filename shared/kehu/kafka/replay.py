@@ -98,7 +98,9 @@ class Replay:
         return len(asked) + len(healed)
 
     def _carry_out(self, asked: Asked, positions: Mapping[Place, int]) -> None:
-        log.info("parked event", extra={"consumer": self.consumer, "id": asked.id, "request": asked.request})
+        log.info(
+            "parked event %s: %s", asked.id, asked.request, extra={"consumer": self.consumer, "stream": asked.stream}
+        )
         stream = asked.stream
         if asked.request == "replay" and not stream:
             stream = self._identify(asked)
@@ -133,7 +135,9 @@ class Replay:
         with self.pool.connection() as connection, connection.transaction():
             first = connection.execute(_FIRST, (self.consumer, asked.stream)).fetchone()
             if asked.stream and (first is None or first[0] != asked.id):
-                log.warning("not the first that waits in its stream", extra={"consumer": self.consumer, "id": asked.id})
+                log.warning(
+                    "parked event %s is not the first of its stream", asked.id, extra={"consumer": self.consumer}
+                )
                 return
             self._fence(asked.place, positions, versions).write(connection)
             if asked.request == "drop":
@@ -176,7 +180,7 @@ class Replay:
         return Moved(self.consumer, {place: (position, position)}, Verdict(versions=dict(versions)))
 
     def _still_waits(self, row: int, error: str) -> None:
-        log.error("a parked event failed again", extra={"consumer": self.consumer, "id": row, "error": error})
+        log.error("parked event %s failed again", row, extra={"consumer": self.consumer, "error": error})
         with self.pool.connection() as connection:
             connection.execute(
                 "UPDATE parked_events SET status = 'waiting', attempts = attempts + 1, error = %s, request = NULL WHERE id = %s",
