@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
+import psycopg
 import pytest
 
 from kehu.clock import FixedClock
@@ -249,6 +250,25 @@ def test_progress_and_rows_live_and_die_with_the_append(handler: CommandHandler,
     assert read_all(handler.store) == []
     with pool.connection() as connection:
         assert connection.execute("SELECT count(*) FROM commands").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("bad", [0, 1, 49])
+def test_a_row_that_fails_takes_the_append_with_it(bad: int, pool: Pool, clock: FixedClock) -> None:
+    """All statements of a command are one transaction, also when many rows of one text travel in a pipeline."""
+
+    def plan(request: Request[Define], _: Any) -> Plan:
+        rows: list[Row] = [("INSERT INTO numbers VALUES (%s)", (0 if n == bad else n + 1,)) for n in range(50)]
+        return Plan([Step("channel-web", channel, request.command)], rows=lambda _: rows)
+
+    with pool.connection() as connection:
+        connection.execute("CREATE TABLE numbers (n integer CONSTRAINT positive CHECK (n > 0))")
+    store = EventStore(pool, "lead-intake")
+    handler = CommandHandler(store, {Define: Handles(plan)}, clock, Keys())
+    with pytest.raises(psycopg.errors.CheckViolation):
+        handler.handle([ask(Define("web", "Web"))])
+    with pool.connection() as connection:
+        counts = "SELECT (SELECT count(*) FROM numbers), (SELECT count(*) FROM stored_events), (SELECT count(*) FROM commands)"
+        assert connection.execute(counts).fetchone() == (0, 0, 0)
 
 
 def test_personal_data_is_sealed_in_the_store(handler: CommandHandler, pool: Pool) -> None:
