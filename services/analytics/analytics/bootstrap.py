@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING
 
 from analytics.read_models import READ_MODELS, generations
 from analytics.read_models.live import keep_live
@@ -11,8 +13,13 @@ from analytics.settings import Settings
 from analytics.subscriptions import TOPICS
 from kehu.migrations import create_database, of_service
 from kehu.migrations import migrate as apply_migrations
-from kehu.postgres import open_pool
+from kehu.postgres import Pool, open_pool
 from kehu.runtime import Service, current_role
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from kehu.kafka.guard import Place
 
 log = logging.getLogger(__name__)
 
@@ -24,32 +31,43 @@ def migrate(settings: Settings) -> None:
 
 async def api(settings: Settings) -> None:
     """The HTTP API."""
-    from analytics.api.routes import Funnels, router
-    from kehu.http import create_app, serve
+    from kehu.http import serve
     from kehu.kafka.tail import Ends
+
+    pool = open_pool(settings.database_url, "analytics", settings.pool_size)
+    ends = Ends(settings.kafka_bootstrap, TOPICS)
+    try:
+        await serve(app_of(settings, pool, ends), settings)
+    finally:
+        await ends.close()
+        pool.close()
+
+
+def app_of(settings: Settings, pool: Pool, ends: Callable[[], Awaitable[Mapping[Place, int]]]) -> FastAPI:
+    """The application over these parts.
+
+    Args:
+        ends: gives the end of each partition of the topics.
+    """
+    from analytics.api.routes import Funnels, router
+    from kehu.http import create_app
 
     assert settings.lake_path is not None
     role = current_role()
-    pool = open_pool(settings.database_url, "analytics", settings.pool_size)
-    ends = Ends(settings.kafka_bootstrap, TOPICS)
-    app = create_app(
+    return create_app(
         settings,
         title="Kehu analytics",
         description="Funnels, counts, timelines and conversion, over all that was recorded.",
         routers=[router],
         health=role.health if role else None,
         state={
+            "settings": settings,
             "clock": settings.clock(),
             "pool": pool,
             "ends": ends,
             "funnels": Funnels(settings.lake_path, settings.funnels_at_once),
         },
     )
-    try:
-        await serve(app, settings)
-    finally:
-        await ends.close()
-        pool.close()
 
 
 async def consumer(settings: Settings) -> None:

@@ -97,7 +97,7 @@ def reason(complaints: str) -> str:
             continue
         if isinstance(entry, dict) and entry.get("error"):
             return f"{entry['error']}: {entry.get('reason') or entry.get('message')}"
-    return complaints.strip().splitlines()[-1] if complaints.strip() else ""
+    return complaints.strip().splitlines()[-1].strip() if complaints.strip() else ""
 
 
 def _steps(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:

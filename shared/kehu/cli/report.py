@@ -32,16 +32,16 @@ FROM events GROUP BY ALL ORDER BY ALL
 # that the conversion itself makes says nothing.
 _BANDS = """
 WITH converted AS (
-    SELECT customer, min("time") AS at FROM events
+    SELECT customer, min("time") AS converted_at FROM events
     WHERE regexp_matches(type, '^behaviour\\.recorded\\.v\\d+$') AND data ->> '$.kind' = 'offer_accepted' GROUP BY customer
 ), scored AS (
     SELECT customer, arg_max(CAST(data ->> '$.score' AS DOUBLE), ("time", streamversion)) AS score
     FROM events LEFT JOIN converted USING (customer)
-    WHERE regexp_matches(type, '^lead_score\\.changed\\.v\\d+$') AND (at IS NULL OR "time" < at) GROUP BY customer
+    WHERE regexp_matches(type, '^lead_score\\.changed\\.v\\d+$') AND (converted_at IS NULL OR "time" < converted_at) GROUP BY customer
 ), captured AS (
     SELECT DISTINCT customer FROM events WHERE regexp_matches(type, '^lead\\.captured\\.v\\d+$')
 )
-SELECT coalesce(CAST(floor(least(score, 99.99) / 20) AS INTEGER) * 20, -1) AS lowest, count(*) AS total, count(at) AS converted
+SELECT coalesce(CAST(floor(least(score, 99.99) / 20) AS INTEGER) * 20, -1) AS lowest, count(*) AS total, count(converted_at) AS converted
 FROM captured LEFT JOIN scored USING (customer) LEFT JOIN converted USING (customer)
 GROUP BY ALL ORDER BY ALL
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import date, datetime, timedelta
 from pathlib import Path
@@ -29,8 +29,9 @@ from analytics.settings import Settings
 from analytics.subscriptions import LIVE_COUNTERS
 from kehu.clock import Clock
 from kehu.http import FieldError, Page, Problem, Role, Router, json_response, paging, requires
+from kehu.http.problems import invalid
 from kehu.kafka.guard import Place
-from kehu.kafka.topics import KafkaError
+from kehu.kafka.topics import KafkaError, TopicMismatch
 from kehu.lake import FunnelSpec, Lake, LakeMissing
 from kehu.lake.questions import DEFAULT_STEPS, Entry, Order, Unit, funnel
 from kehu.lake.stats import wilson
@@ -143,12 +144,10 @@ async def get_funnel(
             tz=settings.timezone,
         )
     except ValidationError as error:
-        reasons = "; ".join(str(e["msg"]).removeprefix("Value error, ") for e in error.errors(include_url=False))
-        raise _wrong("step", reasons) from None
+        raise invalid([_spec_error(line) for line in error.errors(include_url=False)]) from None
     except ValueError as error:
-        raise _wrong(
-            "window" if "length of time" in str(error) or "too long" in str(error) else "step", str(error)
-        ) from None
+        field = "window" if "length of time" in str(error) or "too long" in str(error) else "step"
+        raise _wrong(field, str(error)) from None
     return json_response(await request.app.state.funnels.count(spec))
 
 
@@ -297,7 +296,7 @@ async def get_projections(request: Request) -> Response:
     try:
         async with asyncio.timeout(2.0):
             ends = await request.app.state.ends()
-    except (KafkaError, OSError, TimeoutError) as error:
+    except (KafkaError, TopicMismatch, OSError, TimeoutError) as error:
         log.info("the ends of the topics are not known", extra={"error": type(error).__name__})
         ends = None
     return json_response(await asyncio.to_thread(_projections, request, ends))
@@ -310,5 +309,14 @@ def _projections(request: Request, ends: dict[Place, int] | None) -> dict[str, A
     return {"items": items, "lake_version": request.app.state.funnels.version()}
 
 
+# Fields of the spec, as the query calls them; what concerns several of them is said of the steps.
+_QUERY = {"breakdown": "by", "window": "window", "as_of": "as_of", "until": "until", "tz": "tz"}
+
+
+def _spec_error(line: Mapping[str, Any]) -> FieldError:
+    field = _QUERY.get(str(line["loc"][0]) if line["loc"] else "", "step")
+    return FieldError(at="query", field=field, reason=str(line["msg"]).removeprefix("Value error, "))
+
+
 def _wrong(field: str, reason: str) -> Problem:
-    return Problem(422, "A field is wrong.", errors=[FieldError(at="query", field=field, reason=reason)])
+    return invalid([FieldError(at="query", field=field, reason=reason)])
