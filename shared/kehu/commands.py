@@ -395,8 +395,9 @@ class CommandHandler:
             if progress is None and not rows:
                 self.store.append(connection, sealed, commands)  # one statement, one transaction, one round trip
             elif progress is None:
-                # Nothing is read in here, so all statements travel together: one round trip and one flush to disk.
-                with connection.pipeline(), connection.transaction():
+                # Nothing is read in here, so all statements travel together. Up to the pipeline's one sync they are one
+                # transaction without a BEGIN: one round trip and one flush to disk.
+                with connection.pipeline():
                     self.store.append(connection, sealed, commands)
                     write_rows(connection, rows)
             else:

@@ -19,7 +19,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from kehu.events import Event, Personal, PersonalState, Recorded
-from kehu.postgres import Pool, Row, Unnest
+from kehu.postgres import Pool, Row
 
 if TYPE_CHECKING:
     import httpx
@@ -155,11 +155,6 @@ class _Cache:
         self._kept.pop(customer, None)
 
 
-_STORE_KEY = Unnest(
-    "INSERT INTO customer_keys (customer_id, wrapped) SELECT * FROM unnest(%s::text[], %s::bytea[]) AS new (c, w) ORDER BY c"
-)
-
-
 class PostgresKeyring:
     """The key table of lead-intake: `customer_keys(customer_id text, wrapped bytea null, destroyed_at)`.
 
@@ -175,11 +170,10 @@ class PostgresKeyring:
         self._wrapper = AESGCM(master_key)
         self._cache = _Cache(cache_seconds, 50_000)
 
-    def row(self, customer_id: str, key: bytes) -> Row:
-        """Stores a new key; goes into the transaction that registers the customer."""
+    def wrap(self, customer_id: str, key: bytes) -> bytes:
+        """A new key as the table keeps it. It goes into the transaction that registers the customer."""
         nonce = os.urandom(_NONCE)
-        wrapped = nonce + self._wrapper.encrypt(nonce, key, customer_id.encode())
-        return _STORE_KEY, (customer_id, wrapped)
+        return nonce + self._wrapper.encrypt(nonce, key, customer_id.encode())
 
     def destroy_row(self, customer_id: str) -> Row:
         """Destroys a key; goes into the transaction that erases the customer. `forget` the cached one afterwards."""

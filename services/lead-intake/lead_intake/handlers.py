@@ -153,18 +153,19 @@ class Captures:
         customer = str(placement.customer_id)
         steps = [Step(f"lead-{command.lead_id}", LEAD, PlaceLead(command, placement), customer, new=True)]
         keys: dict[str, bytes] = {}
-        rows: list[Row] = []
         if placement.number is not None:
             register = RegisterCustomer(placement.customer_id, placement.number, placement.kind)
             steps.insert(0, Step(f"customer-{customer}", CUSTOMER, register, customer, new=True))
-            keys[customer] = new_key()
-            rows.append(self._keyring.row(customer, keys[customer]))
-            rows.append(customers.registered(customer, placement.number, command.lead_id))
-        elif placement.survivor is not None:
-            rows.append(customers.held(customer, placement.survivor, placed.fresh))
+            keys[customer] = key = new_key()
+            wrapped = self._keyring.wrap(customer, key)
+            rows = [customers.registered(customer, wrapped, placement.number, command.lead_id, placed.new_hashes)]
         else:
-            rows.append(customers.opened(customer, command.lead_id))
-        rows.extend(customers.recognised_by(customer, placed.new_hashes))
+            rows = [
+                customers.held(customer, placement.survivor, placed.fresh)
+                if placement.survivor is not None
+                else customers.opened(customer, command.lead_id),
+                *customers.recognised_by(customer, placed.new_hashes),
+            ]
         return Plan(steps, lambda new: told(new, placed.number), lambda new: rows if new else (), keys)
 
 

@@ -23,10 +23,20 @@ WHERE i.hash = ANY(%b::bytea[])
 UNION ALL
 SELECT NULL, NULL, NULL, command_id FROM commands WHERE command_id = ANY(%b::uuid[])
 """
-_CUSTOMER = Unnest(
-    "INSERT INTO customers (customer_id, number, open_lead)"
-    " SELECT * FROM unnest(%b::text[], %b::text[], %b::uuid[]) AS new (c, n, l) ORDER BY c"
+# Keys, customers and what they are recognised by, of a whole batch in one statement.
+_REGISTERED = Unnest("""
+WITH new AS (
+    SELECT * FROM unnest(%b::text[], %b::bytea[], %b::text[], %b::uuid[], %b::bytea[], %b::bytea[])
+        AS new (customer_id, wrapped, number, lead_id, hash, other)
+), keys AS (
+    INSERT INTO customer_keys (customer_id, wrapped) SELECT customer_id, wrapped FROM new
+), registered AS (
+    INSERT INTO customers (customer_id, number, open_lead) SELECT customer_id, number, lead_id FROM new
 )
+INSERT INTO contact_index (hash, customer_id)
+SELECT hash, customer_id FROM new WHERE hash IS NOT NULL UNION ALL SELECT other, customer_id FROM new WHERE other IS NOT NULL
+ORDER BY 1
+""")
 _CONTACT = Unnest(
     "INSERT INTO contact_index (hash, customer_id) SELECT * FROM unnest(%b::bytea[], %b::text[]) AS new (h, c) ORDER BY h"
 )
@@ -81,9 +91,14 @@ def look_up(
     return known, done
 
 
-def registered(customer_id: str, number: str, lead_id: UUID) -> Row:
-    """A new customer, whose first lead is open."""
-    return _CUSTOMER, (customer_id, number, lead_id)
+def registered(customer_id: str, wrapped_key: bytes, number: str, lead_id: UUID, hashes: Sequence[bytes]) -> Row:
+    """A new customer with their key, whose first lead is open.
+
+    Args:
+        hashes: of phone and email, those that nobody had when they were looked up. That somebody has them now is a conflict.
+    """
+    first, other = (*hashes, None, None)[:2]
+    return _REGISTERED, (customer_id, wrapped_key, number, lead_id, first, other)
 
 
 def recognised_by(customer_id: str, hashes: Iterable[bytes]) -> Iterable[Row]:
