@@ -257,7 +257,7 @@ class Evaluation:
             if each.units:
                 total += each.units
                 parts.append(
-                    Part(
+                    Part.model_construct(  # all of it was checked when the model was published
                         rule=each.rule.name,
                         dimension=DIMENSIONS[each.rule.dimension],  # type: ignore[arg-type]
                         points=each.units / UNIT,
@@ -272,6 +272,16 @@ class Evaluation:
         if total != self.units:
             parts.append(Part(rule="cap.score", dimension="cap", points=(self.units - total) / UNIT))
         return tuple(parts)
+
+    @property
+    def fades_up(self) -> bool:
+        """Whether time alone can raise the score: there are penalties that fade."""
+        return any(each.points < 0 and each.rule.half_life is not None for each in self.contributions)
+
+    @property
+    def fades_down(self) -> bool:
+        """Whether time alone can lower the score: there are points that fade."""
+        return any(each.points > 0 and each.rule.half_life is not None for each in self.contributions)
 
     def next_outside(self, low: int, high: int, until: datetime | None = None) -> datetime | None:
         """The first whole second after `at` at which time alone puts the score outside low ≤ score < high (hundredths).
@@ -337,11 +347,14 @@ def evaluate(book: Rulebook, inputs: Inputs, at: datetime) -> Evaluation:
         at: the instant, aware; any, past or future.
     """
     contributions: list[Contribution | None] = [None] * len(book.rules)
-    profile, told_by = _profile_at(inputs.profile, at)
+    told = [each for each in inputs.profile if each.time <= at]
+    profile: dict[str, Any] = {}
+    for each in told:  # the newest word on an attribute holds
+        profile.update(each.attributes)
     for index in book.about_profile:
         rule = book.rules[index]
         if rule.matches(profile):
-            events = tuple(dict.fromkeys(told_by[name] for name in rule.attributes if name in told_by))[:MOST_EVENTS]
+            events = _told_by(told, rule.attributes)
             contributions[index] = Contribution(rule, rule.points, rule.units(rule.points), 1, events)
 
     matched: dict[int, list[BehaviourInput]] = {}
@@ -366,15 +379,15 @@ def evaluate(book: Rulebook, inputs: Inputs, at: datetime) -> Evaluation:
     return Evaluation(book, at, made, book.total(book.sums(made)))
 
 
-def _profile_at(profile: Sequence[ProfileInput], at: datetime) -> tuple[Attributes, Mapping[str, UUID]]:
-    """The attributes that hold at an instant, newest word wins, and the event that told each."""
-    attributes: dict[str, Any] = {}
-    told_by: dict[str, UUID] = {}
-    for each in profile:
-        if each.time <= at:
-            attributes.update(each.attributes)
-            told_by.update(dict.fromkeys(each.attributes, each.event_id))
-    return attributes, told_by
+def _told_by(told: Sequence[ProfileInput], names: Iterable[str]) -> tuple[UUID, ...]:
+    """The events that told what holds of these attributes."""
+    events: dict[UUID, None] = {}
+    for name in names:
+        for each in reversed(told):
+            if name in each.attributes:
+                events[each.event_id] = None
+                break
+    return tuple(events)[:MOST_EVENTS]
 
 
 def band_of(model: ScoringModel, units: int, current: Band) -> Band:

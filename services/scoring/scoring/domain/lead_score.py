@@ -78,13 +78,12 @@ def assess(command: Rescore, state: LeadScore) -> Assessment:
     Changes by time alone since the last score are recorded first, at their own instants, when their timer was slower than
     this command: so the history of a lead is the same whichever comes first, its timer or the next event.
     """
-    at = instant(command, state)
+    evaluation = evaluate(command.book, command.inputs, instant(command, state))
     events: list[Event] = []
-    if command.cause != "decay":
-        for passed in _passed(command, state, at):
+    if command.cause != "decay" and (evaluation.fades_up or (evaluation.fades_down and state.band != "cold")):
+        for passed in _passed(command, state, evaluation.at):
             events += (news := _record(command, state, passed, "decay"))
             state = LEAD_SCORE.fold(news, state)
-    evaluation = evaluate(command.book, command.inputs, at)
     events += (news := _record(command, state, evaluation, command.cause))
     return Assessment(events, LEAD_SCORE.fold(news, state), evaluation)
 
