@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from kehu.lake.engine import connect, scan_events
 from kehu.lake.format import MICROSECOND, bucket_sql, micros
-from kehu.lake.kernel import BLOCKS, GAP, START, TOOK, UNSET, fold_ordered
+from kehu.lake.kernel import BLOCKS, GAP, START, TOOK, clear, fold_ordered
 from kehu.lake.log import Snapshot
 from kehu.lake.outcome import Scratch, Units
 from kehu.lake.spec import FunnelSpec, matches_type
@@ -121,8 +121,7 @@ class _Bucket:
         units = len(touched)
         state: Ints = self.scratch.take("state", (units + 1) * BLOCKS * (self.steps + 1))
         state = state.reshape(units + 1, BLOCKS, self.steps + 1)
-        state[:, START] = UNSET
-        state[:, TOOK] = -1  # the other two blocks are read only where these two are set
+        clear(state, np.arange(len(state)))
         again: list[tuple[Ints, Ints, Ints]] = []
         for unit, code, time, masks in self._rows():
             self._fold(unit, code, time, masks, state)
@@ -207,9 +206,7 @@ class _Bucket:
         unit, time, mask = (np.concatenate([part[i] for part in parts]) for i in range(3))
         order = np.lexsort((time, unit))
         masks, code = np.unique(mask[order], return_inverse=True)
-        rows = np.flatnonzero(touched) + 1
-        state[rows, START] = UNSET
-        state[rows, TOOK] = -1
+        clear(state, np.flatnonzero(touched) + 1)
         self._fold((unit[order] << self.shift).astype(np.int32), code.astype(np.int32), time[order], masks, state)
 
     def _units(self, state: Ints, strangers: list[str], horizon: int) -> Units:

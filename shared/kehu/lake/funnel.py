@@ -308,8 +308,7 @@ def _counts(spec: FunnelSpec, value: str | None, parts: Sequence[Counts]) -> tup
     entered = before = int(counts[REACHED, 0])
     for k, step in enumerate(spec.steps):
         reached, settled = int(counts[REACHED, k]), entered - int(counts[WAITING, k])
-        took = np.concatenate([part.took[k] for part in parts]) if parts else np.empty(0, np.int64)
-        gap = np.concatenate([part.gap[k] for part in parts]) if parts else np.empty(0, np.int64)
+        took, gap = (_times(parts, name, k) for name in ("took", "gap"))
         rate, rate_low, rate_high = _rate(reached, entered)
         settled_rate, settled_low, settled_high = _rate(reached, settled)
         found.append(
@@ -341,6 +340,13 @@ def _counts(spec: FunnelSpec, value: str | None, parts: Sequence[Counts]) -> tup
         if k + 1 not in spec.optional:
             before = reached
     return tuple(found)
+
+
+def _times(parts: Sequence[Counts], name: Literal["took", "gap"], step: int) -> NDArray[np.int64]:
+    """How long the units that reached a step (from 0) took; at step 1 that is no time for any of them."""
+    if step == 0:
+        return np.zeros(min(1, sum(int(part.counts[REACHED, 0]) for part in parts)), np.int64)
+    return np.concatenate([getattr(part, name)[step - 1] for part in parts] or [np.empty(0, np.int64)])
 
 
 def _rate(successes: int, trials: int) -> tuple[float | None, float | None, float | None]:

@@ -37,6 +37,16 @@ START, TOOK, SINCE, GAP, BLOCKS = 0, 1, 2, 3, 4
 
 
 @compiled
+def clear(state: Ints, rows: Ints) -> None:
+    """Make rows of the state those of units without events. SINCE and GAP are read only where the others are set."""
+    for r in range(len(rows)):
+        for slot in range(state.shape[2]):
+            state[rows[r], START, slot] = UNSET
+        for slot in range(state.shape[2]):
+            state[rows[r], TOOK, slot] = -1
+
+
+@compiled
 def fold_ordered(
     unit: Codes,
     code: Codes,
@@ -553,7 +563,8 @@ def summarise(
     Args:
         counts: by kind of count and step, zeros to begin with: REACHED, WENT_ON, and PENDING, DROPPED and EXCLUDED at
             the step, WAITING (pending and not there yet).
-        took_values, gap_values: by step, the times of the units that reached it, from the front.
+        took_values, gap_values: by step, the times of the units that reached it, from the front. Not of step 1: they
+            are all zero.
     """
     for h in range(len(took)):
         if level[h] > 0:
@@ -580,9 +591,10 @@ def _add(
     for k in range(steps):
         if took[h, k] >= 0:
             reached = counts[REACHED, k]
-            took_values[k, reached] = took[h, k]
-            gap_values[k, reached] = gap[h, k]
             counts[REACHED, k] = reached + 1
+            if k > 0:
+                took_values[k, reached] = took[h, k]
+                gap_values[k, reached] = gap[h, k]
             if level > k + 1 or level == steps:
                 counts[WENT_ON, k] += 1
         elif outcome == PENDING:

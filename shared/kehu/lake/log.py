@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from errno import ENOENT
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -243,6 +244,9 @@ class Log:
     def _read(self, version: int | None) -> Snapshot:
         entries, checkpoints = self._listing()
         versions = _readable(entries, checkpoints)
+        if not versions:
+            hole = next(v for v in range(max(entries), 0, -1) if v - 1 not in entries) - 1
+            raise FileNotFoundError(ENOENT, "missing", self._entry(hole))
         target = versions[-1] if version is None else version
         if target not in versions:
             raise SnapshotGone(f"{self.root} has the versions {versions[0]} to {versions[-1]}, not {target}")
@@ -301,6 +305,7 @@ class Log:
 
 
 def _readable(entries: set[int], checkpoints: set[int]) -> range:
+    """The versions to the newest without a hole, from the first or from a checkpoint; none when there is a hole."""
     newest = max(entries)
     lowest = newest
     while lowest - 1 in entries:

@@ -30,7 +30,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """The counts of `kernel.summarise`, and by step the times of the units that reached it."""
+    """The counts of `kernel.summarise`, and by step from the second on the times of the units that reached it."""
 
     counts: Ints
     took: tuple[Ints, ...]
@@ -113,6 +113,6 @@ def _filled(counts: Ints, took: Ints, gap: Ints) -> Counts:
     reached = counts[REACHED].tolist()
     return Counts(
         counts,
-        tuple(row[:n].copy() for row, n in zip(took, reached, strict=True)),
-        tuple(row[:n].copy() for row, n in zip(gap, reached, strict=True)),
+        tuple(row[:n].copy() for row, n in zip(took[1:], reached[1:], strict=True)),
+        tuple(row[:n].copy() for row, n in zip(gap[1:], reached[1:], strict=True)),
     )

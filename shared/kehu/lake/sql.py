@@ -104,11 +104,13 @@ def funnel_sql(spec: FunnelSpec, source: str = "events", unit: str | None = None
         f'e AS (SELECT {unit or unit_sql(spec.unit)} AS unit, epoch_us("time") AS t, {flags} '  # noqa: S608 - parts are quoted here
         f"FROM {source} WHERE {limits} AND ({any_flag}))"
     ]
-    first = "min(t) AS t, min(t) AS start" if spec.entry == "first" else "t, t AS start"
-    parts.append(f"c1 AS (SELECT unit, {first} FROM e WHERE s1 GROUP BY unit{'' if spec.entry == 'first' else ', t'})")  # noqa: S608 - parts are quoted here
+    if spec.entry == "first":
+        parts.append("c1 AS (SELECT unit, min(t) AS t, min(t) AS start FROM e WHERE s1 GROUP BY unit)")
+    else:
+        parts.append("c1 AS (SELECT unit, t, t AS start FROM e WHERE s1)")
     before = ">=" if spec.ties == "step_order" else ">"
     parts += [
-        f"c{k} AS (SELECT x.unit, x.t, c.start FROM (SELECT DISTINCT unit, t FROM e WHERE s{k}) x "  # noqa: S608 - parts are quoted here
+        f"c{k} AS (SELECT x.unit, x.t, c.start FROM (SELECT unit, t FROM e WHERE s{k}) x "  # noqa: S608 - parts are quoted here
         f"ASOF JOIN c{k - 1} c ON x.unit = c.unit AND x.t {before} c.t WHERE x.t - c.start <= {window})"
         for k in range(2, len(spec.steps) + 1)
     ]

@@ -45,7 +45,7 @@ def spec_of(steps: list[frozenset[str]], window: int, **more: object) -> FunnelS
     return FunnelSpec(
         steps=tuple(Step(name=f"step {k}", types=tuple(sorted(kinds))) for k, kinds in enumerate(steps, 1)),
         window=timedelta(microseconds=window),
-        **more,  # type: ignore[arg-type]
+        **more,
     )
 
 
@@ -128,7 +128,7 @@ def facts(verdicts: list[Verdict]) -> list[tuple[object, ...]]:
     histories,
     st.integers(0, 20),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @pytest.mark.req("AN-01")
 def test_ordered_and_strict_are_exact(
     steps: list[frozenset[str]],
@@ -155,7 +155,7 @@ def test_ordered_and_strict_are_exact(
     histories,
     st.integers(0, 20),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @pytest.mark.req("AN-01")
 def test_exclusions_are_exact(
     steps: list[frozenset[str]],
@@ -178,7 +178,7 @@ def test_exclusions_are_exact(
 
 
 @given(steps_of_kind, st.integers(0, 10), st.sampled_from(["any", "first"]), histories, st.integers(0, 20))
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 @pytest.mark.req("AN-01")
 def test_unordered_is_exact(
     steps: list[frozenset[str]], window: int, entry: str, units: list[list[tuple[int, str]]], horizon: int
@@ -189,7 +189,7 @@ def test_unordered_is_exact(
 
 
 @given(steps_of_kind, st.integers(0, 10), histories, st.data(), st.integers(0, 20))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_hold_takes_the_value_that_got_furthest(
     steps: list[frozenset[str]], window: int, units: list[list[tuple[int, str]]], data: st.DataObject, horizon: int
 ) -> None:
@@ -259,7 +259,7 @@ def queried(units: list[list[tuple[int, str]]], spec: FunnelSpec) -> list[int]:
     st.sampled_from(["step_order", "strictly_later"]),
     histories,
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @pytest.mark.req("AN-01")
 @pytest.mark.req("AN-09")
 def test_the_plain_kernel_and_sql_are_exact(
