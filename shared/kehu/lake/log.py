@@ -15,8 +15,8 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from errno import ENOENT
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -197,7 +197,11 @@ class Log:
             try:
                 self._link(self._entry(after.version), orjson.dumps(_entry_json(after.version, change)))
             except FileExistsError:
-                for version, other in self.newer(base):
+                try:
+                    others = self.newer(base)
+                except SnapshotGone as error:
+                    raise LakeConflict(f"too much happened meanwhile: {error}") from None
+                for version, other in others:
                     check(other)
                     base = base.after(version, other)
                 continue

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from kehu.lake.engine import connect, scan_events
-from kehu.lake.errors import LakeConflict, LakeGap, LakeMissing
+from kehu.lake.errors import LakeConflict, LakeGap, LakeMissing, SnapshotGone
 from kehu.lake.format import (
     REJECTED,
     REJECTED_SCHEMA,
@@ -102,8 +102,8 @@ class LakeWriter:
         return result
 
     def _append(self, records: Sequence[Record], *, allow_gaps: bool) -> AppendResult:
+        self._follow({(record.topic, record.partition) for record in records})
         offsets, fresh_records, known = self._beyond(records, allow_gaps=allow_gaps)
-        self._follow(offsets)
         if not offsets:
             return AppendResult(self._snapshot.version, 0, known, 0, 0, dict(self._snapshot.offsets))
         rows, rejected = _parsed(fresh_records)
@@ -138,10 +138,19 @@ class LakeWriter:
         self._repeats = Repeats(self._snapshot.positions, self._ids_in_lake)
         self._stale = False
 
-    def _follow(self, offsets: Iterable[Place]) -> None:
+    def _follow(self, places: set[Place]) -> None:
         """Take in what others committed (compactions, other topics); another writer of these places is a conflict."""
-        for version, other in self._log.newer(self._snapshot):
-            _refuse_overlap(other, offsets)
+        try:
+            others = self._log.newer(self._snapshot)
+        except SnapshotGone:  # we slept through a vacuum: what counts is whether our places are where we left them
+            newest = self._log.read()
+            for topic, partition in places:
+                if newest.offsets.get((topic, partition)) != self._snapshot.offsets.get((topic, partition)):
+                    raise LakeConflict(f"another writer moved {topic}[{partition}]") from None
+            self._snapshot = newest
+            return
+        for version, other in others:
+            _refuse_overlap(other, places)
             self._snapshot = self._snapshot.after(version, other)
 
     def _beyond(self, records: Sequence[Record], *, allow_gaps: bool) -> tuple[dict[Place, int], list[Record], int]:
@@ -216,7 +225,7 @@ def _ranges(places: Iterable[tuple[str, int, int]]) -> tuple[tuple[str, int, int
     return tuple((t, p, low, high + 1) for (t, p), (low, high) in sorted(spans.items()))
 
 
-def _refuse_overlap(other: Change, offsets: Iterable[Place]) -> None:
-    for topic, partition in offsets:
+def _refuse_overlap(other: Change, places: Iterable[Place]) -> None:
+    for topic, partition in places:
         if (topic, partition) in other.offsets:
             raise LakeConflict(f"another writer moved {topic}[{partition}] to {other.offsets[topic, partition]}")

@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 from lake_data import BEGIN, TOPIC, envelope, records
 
 import kehu.lake.repeats as repeats_module
-from kehu.lake import Lake, LakeConflict, LakeError, LakeGap, LakeMissing, LakeWriter, Record, SnapshotGone, compact
+from kehu.lake import (
+    Lake,
+    LakeConflict,
+    LakeError,
+    LakeGap,
+    LakeMissing,
+    LakeWriter,
+    Record,
+    SnapshotGone,
+    compact,
+    vacuum,
+)
 from kehu.lake.errors import LakeCorrupt
 from kehu.lake.format import COLUMNS
 from kehu.lake.log import CHECKPOINT_EVERY, Change, Log, Snapshot
@@ -192,6 +203,22 @@ def test_writers_of_different_topics_do_not_meet(tmp_path: Path) -> None:
     one.append(records([envelope(1)], first=1))
     assert Lake(tmp_path).offsets() == {(TOPIC, 0): 2, ("crm.scoring.events", 0): 1}
     assert Lake(tmp_path).snapshot().rows == 3
+
+
+def test_a_writer_that_slept_through_a_vacuum(tmp_path: Path) -> None:
+    sleeper, other = LakeWriter(tmp_path), LakeWriter(tmp_path)
+    sleeper.append(records([envelope(0)]))
+    for n in range(4):
+        other.append(records([envelope(n)], first=n, topic="crm.scoring.events"))
+    vacuum(tmp_path, keep=1)
+    assert sleeper.append(records([envelope(1)], first=1)).events == 1
+    assert other.offsets()[TOPIC, 0] == 2
+    for n in range(2, 5):
+        other.append(records([envelope(n)], first=n))
+    vacuum(tmp_path, keep=1)
+    with pytest.raises(LakeConflict):
+        sleeper.append(records([envelope(2)], first=2))
+    assert Lake(tmp_path).snapshot().rows == 9
 
 
 def test_the_race_is_decided_at_the_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
