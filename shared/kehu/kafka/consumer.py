@@ -29,10 +29,12 @@ from kehu.kafka.guard import (
     Parking,
     Place,
     Reader,
+    Verdict,
     describe,
     judge,
     known_versions,
     open_streams,
+    presume,
 )
 from kehu.kafka.replay import Replay
 from kehu.kafka.topics import group_of, topic_of
@@ -44,6 +46,7 @@ T = TypeVar("T")
 # What goes away by itself: the database restarts, the key service (a ConnectionError) does not answer.
 _WAIT_FOR = (*TRANSIENT, ConnectionError, TimeoutError)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0
+_REGULAR = 10
 
 
 class SubscriptionStopped(RuntimeError):
@@ -172,6 +175,8 @@ class ConsumerRunner:
         self._fetched: asyncio.Queue[_Batch] = asyncio.Queue(maxsize=1)
         self._running = asyncio.Lock()
         self._suspect: _Suspect | None = None
+        # Batches since one had repeats, holes or failures; after enough of them the next is presumed to have none.
+        self._regular = _REGULAR
         self._serve_at = 0.0
         self._oldest: float | None = None
         metrics.CONSUMER_OLDEST.labels(self.consumer).set_function(self._oldest_age)
@@ -432,6 +437,7 @@ class ConsumerRunner:
         except (StaleProgress, SubscriptionStopped, *_WAIT_FOR):
             raise
         except Exception as error:  # any error of an effect: it is found, tried again and parked, never passed over
+            self._regular = 0
             if len(items) > 1:
                 middle = len(items) // 2
                 self._apply(items[:middle])
@@ -456,6 +462,35 @@ class ConsumerRunner:
         self._commit_batch([item], attempts)
 
     def _commit_batch(self, items: Sequence[Item], attempts: int = 1) -> None:
+        ends = {item.place: item.offset + 1 for item in items}
+        offsets = {place: (self.positions[place], end) for place, end in ends.items()}
+        verdict = self._presumed(items, offsets) if self._regular >= _REGULAR and not self._anywhere else None
+        if verdict is None:
+            verdict = self._judged(items, offsets, attempts)
+            self._regular = 0 if verdict.parking or verdict.repeats else self._regular + 1
+        self.positions.update(ends)
+        for parking in verdict.parking:
+            self._now_parked(parking)
+        self._count(verdict)
+
+    def _presumed(self, items: Sequence[Item], offsets: Mapping[Place, tuple[int, int]]) -> Verdict | None:
+        """The short way, when the last batches were regular: the versions are compared while they are written. None when it is
+        not the way for this batch; nothing was done then."""
+        presumed = presume(items, self._open)
+        if presumed is None:
+            return None
+        verdict, firsts = presumed
+        try:
+            self.subscription.effect(verdict.events, Moved(self.consumer, offsets, verdict, firsts))
+        except (StaleProgress, SubscriptionStopped, *_WAIT_FOR):
+            raise
+        except Exception as error:  # a repeat, a hole, or an error of the effect, which comes again on the long way
+            log.debug("not a regular batch", extra={"consumer": self.consumer, "error": type(error).__name__})
+            return None
+        return verdict
+
+    def _judged(self, items: Sequence[Item], offsets: Mapping[Place, tuple[int, int]], attempts: int) -> Verdict:
+        """The long way: each event is compared with the stored version of its stream before anything is done."""
         streams = sorted({item.recorded.stream for item in items if item.recorded is not None})
         with self.pool.connection() as connection:
             versions = known_versions(connection, self.consumer, streams)
@@ -463,12 +498,10 @@ class ConsumerRunner:
         for parking in verdict.parking:
             parking.attempts = attempts
         self._may_park(verdict.parking)
-        ends = {item.place: item.offset + 1 for item in items}
-        progress = Moved(self.consumer, {place: (self.positions[place], end) for place, end in ends.items()}, verdict)
-        self.subscription.effect(verdict.events, progress)
-        self.positions.update(ends)
-        for parking in verdict.parking:
-            self._now_parked(parking)
+        self.subscription.effect(verdict.events, Moved(self.consumer, offsets, verdict))
+        return verdict
+
+    def _count(self, verdict: Verdict) -> None:
         metrics.CONSUMER_BATCHES.labels(self.consumer).inc()
         metrics.CONSUMER_HOLES.labels(self.consumer).inc(verdict.holes)
         counts = {

@@ -206,16 +206,70 @@ def judge(items: Sequence[Item], versions: dict[str, int], parked: Mapping[str, 
     return verdict
 
 
+def presume(items: Sequence[Item], parked: Mapping[str, Open]) -> tuple[Verdict, dict[str, int]] | None:
+    """The verdict on a batch in which every event is the next one of its stream, as nearly all batches are, without looking
+    at the stored versions; and the first version of each stream, which `Moved` compares with what is stored.
+
+    Returns:
+        None when the batch alone shows that it is not like that.
+    """
+    verdict, firsts = Verdict(), {}
+    lasts, events = verdict.versions, verdict.events
+    for item in items:
+        recorded = item.recorded
+        if recorded is None or item.poison is not None:
+            return None
+        stream, version = recorded.stream, recorded.version
+        last = lasts.get(stream)
+        if last is None:
+            firsts[stream] = version
+        elif version != last + 1:
+            return None
+        lasts[stream] = version
+        if item.wanted:
+            events.append(recorded)
+        else:
+            verdict.passed += 1
+    if parked and not parked.keys().isdisjoint(lasts):
+        return None
+    return verdict, firsts
+
+
 _VERSIONS = "SELECT stream, version FROM consumer_streams WHERE consumer = %s AND stream = ANY(%b)"
+# None of these is prepared: a plan made when the table was small would read all of it for ever.
+# One statement for the progress of a batch. Everything in it is rolled back when a count is not what it must be.
 _MOVE = """
-UPDATE consumer_offsets o SET next_offset = n.next, moved_at = now()
-FROM unnest(%b::text[], %b::int[], %b::bigint[], %b::bigint[]) AS n (topic, partition, expected, next)
-WHERE o.consumer = %s AND o.topic = n.topic AND o.partition = n.partition AND o.next_offset = n.expected
+WITH moved AS (
+    UPDATE consumer_offsets o SET next_offset = n.next, moved_at = now()
+    FROM unnest(%(topics)b::text[], %(partitions)b::int[], %(expected)b::bigint[], %(next)b::bigint[])
+        AS n (topic, partition, expected, next)
+    WHERE o.consumer = %(consumer)s AND o.topic = n.topic AND o.partition = n.partition AND o.next_offset = n.expected
+    RETURNING 1
+), known AS (
+    INSERT INTO consumer_streams AS s (consumer, stream, version)
+    SELECT %(consumer)s, * FROM unnest(%(streams)b::text[], %(lasts)b::bigint[])
+    ON CONFLICT (consumer, stream) DO UPDATE SET version = EXCLUDED.version WHERE s.version < EXCLUDED.version
+)
+SELECT (SELECT count(*) FROM moved), 0
 """
-_SET_VERSIONS = """
-INSERT INTO consumer_streams AS s (consumer, stream, version)
-SELECT %s, * FROM unnest(%b::text[], %b::bigint[])
-ON CONFLICT (consumer, stream) DO UPDATE SET version = EXCLUDED.version WHERE s.version < EXCLUDED.version
+# The same when the stored versions were not looked at: a new stream must be new, another one must be where it was presumed.
+_MOVE_PRESUMED = """
+WITH moved AS (
+    UPDATE consumer_offsets o SET next_offset = n.next, moved_at = now()
+    FROM unnest(%(topics)b::text[], %(partitions)b::int[], %(expected)b::bigint[], %(next)b::bigint[])
+        AS n (topic, partition, expected, next)
+    WHERE o.consumer = %(consumer)s AND o.topic = n.topic AND o.partition = n.partition AND o.next_offset = n.expected
+    RETURNING 1
+), begun AS (
+    INSERT INTO consumer_streams (consumer, stream, version)
+    SELECT %(consumer)s, * FROM unnest(%(new)b::text[], %(new_lasts)b::bigint[])
+), went_on AS (
+    UPDATE consumer_streams s SET version = n.last
+    FROM unnest(%(streams)b::text[], %(before)b::bigint[], %(lasts)b::bigint[]) AS n (stream, before, last)
+    WHERE s.consumer = %(consumer)s AND s.stream = n.stream AND s.version = n.before
+    RETURNING 1
+)
+SELECT (SELECT count(*) FROM moved), (SELECT count(*) FROM went_on)
 """
 # A replay of a topic brings the same versions again: they are parked once.
 _PARK = """
@@ -235,7 +289,7 @@ WHERE parked_events.status IN ('resolved', 'dropped')
 
 def known_versions(connection: Connection, consumer: str, streams: Sequence[str]) -> dict[str, int]:
     """The last applied version of those streams that have one."""
-    return dict(connection.execute(_VERSIONS, (consumer, streams), binary=True).fetchall())
+    return dict(connection.execute(_VERSIONS, (consumer, streams), prepare=False, binary=True).fetchall())
 
 
 def open_streams(connection: Connection, consumer: str, places: Sequence[Place]) -> dict[str, Open]:
@@ -249,37 +303,47 @@ def open_streams(connection: Connection, consumer: str, places: Sequence[Place])
     return {stream: Open(first, last, count) for stream, first, last, count in rows}
 
 
+class Presumed(Exception):
+    """The stored versions are not those that were presumed: look at them."""
+
+
 @dataclass(slots=True)
 class Moved:
     """The progress of a batch, written by the effect in its transaction.
 
     Args:
         offsets: for each partition the offset that is stored now and the one to store.
+        firsts: when the stored versions were not looked at (`presume`), the first version of each stream in the batch.
     """
 
     consumer: str
     offsets: Mapping[Place, tuple[int, int]]
     verdict: Verdict
+    firsts: Mapping[str, int] | None = None
 
     def write(self, connection: Connection) -> None:
-        """Raises StaleProgress when the stored offsets are others: another process handles these partitions."""
-        places = sorted(self.offsets)
-        moved = connection.execute(
-            _MOVE,
-            (
-                [p.topic for p in places],
-                [p.partition for p in places],
-                [self.offsets[p][0] for p in places],
-                [self.offsets[p][1] for p in places],
-                self.consumer,
-            ),
-        )
-        if moved.rowcount != len(places):
+        """Raises StaleProgress when the stored offsets are others: another process handles these partitions. Raises Presumed,
+        or a unique violation of `consumer_streams`, when the versions are not those that were presumed."""
+        places, versions, firsts = sorted(self.offsets), self.verdict.versions, self.firsts
+        known = sorted(versions if firsts is None else [stream for stream, first in firsts.items() if first > 1])
+        parameters: dict[str, Any] = {
+            "consumer": self.consumer,
+            "topics": [p.topic for p in places],
+            "partitions": [p.partition for p in places],
+            "expected": [self.offsets[p][0] for p in places],
+            "next": [self.offsets[p][1] for p in places],
+            "streams": known,
+            "lasts": [versions[s] for s in known],
+        }
+        if firsts is not None:
+            new = sorted(stream for stream, first in firsts.items() if first == 1)
+            parameters.update(new=new, new_lasts=[versions[s] for s in new], before=[firsts[s] - 1 for s in known])
+        statement = _MOVE if firsts is None else _MOVE_PRESUMED
+        moved, went_on = connection.execute(statement, parameters, prepare=False).fetchone() or (0, 0)
+        if moved != len(places):
             raise StaleProgress(f"{self.consumer}: another process has moved on")
-        versions = self.verdict.versions
-        if versions:
-            streams = sorted(versions)
-            connection.execute(_SET_VERSIONS, (self.consumer, streams, [versions[s] for s in streams]))
+        if firsts is not None and went_on != len(known):
+            raise Presumed(self.consumer)
         if self.verdict.parking:
             with connection.cursor() as cursor:
                 cursor.executemany(_PARK, [self._row(parking) for parking in self.verdict.parking])

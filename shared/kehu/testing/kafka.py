@@ -71,7 +71,7 @@ def message(stream: str, version: int, key: str | None = None, event: Event | No
 async def publish(bootstrap: str, topic: str, messages: Sequence[Message], partitions: int) -> None:
     """Put messages on a topic in this order; one without a key goes to partition 0."""
     producer = AIOKafkaProducer(
-        bootstrap_servers=bootstrap, enable_idempotence=True, max_request_size=8 << 20, max_batch_size=8 << 20
+        bootstrap_servers=bootstrap, enable_idempotence=True, max_request_size=8 << 20, max_batch_size=500_000
     )
     await producer.start()
     try:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from kehu.decider import Refused
 from kehu.events.lead_intake import ChannelDefined, LeadRejected
-from kehu.kafka.guard import Item, Open, Place, Reader, describe, header_bytes, judge
+from kehu.kafka.guard import Item, Open, Place, Reader, describe, header_bytes, judge, presume
 from kehu.kafka.guard import _text as header_json
 from kehu.testing.kafka import HEADERS, message
 
@@ -41,7 +41,13 @@ class Consumer:
         items = [item(s, v, poison="broken" if (s, v) in self.poison else None) for s, v in batch]
         waiting = {s: Open(min(vs), max(vs), len(vs)) for s, vs in self.parked.items() if vs}
         known = {s: self.versions[s] for s, _ in batch if s in self.versions}
-        verdict = judge(items, known, waiting, False)
+        presumed = presume(items, waiting)
+        if presumed is not None and all(first == known.get(s, 0) + 1 for s, first in presumed[1].items()):
+            verdict = presumed[0]
+            judged = judge(items, dict(known), waiting, False)
+            assert (verdict.events, verdict.versions, []) == (judged.events, judged.versions, judged.parking)
+        else:
+            verdict = judge(items, known, waiting, False)
         self.applied += [(e.stream, e.version) for e in verdict.events]
         self.versions.update(verdict.versions)
         for parking in verdict.parking:
