@@ -91,3 +91,4 @@ class DevelopmentClock:
             json.dump({"offset_seconds": offset.total_seconds()}, file)
         Path(temporary).replace(self.path)  # readers see the old offset or the new one, never half a file
         self._read_at = -1.0
+        time.sleep(self.FRESH)  # when this returns, every process goes by the new time

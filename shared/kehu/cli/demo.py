@@ -147,7 +147,7 @@ def _show(console: Console, demo: Demo, lake: Lake) -> None:
     table.columns[2].justify = "right"
     console.print(table)
     for by in ("channel", "month"):
-        console.print(_funnel_table(demo.funnel(by), by))
+        console.print(_funnel_table(demo, by))
     bands = lake.sql(_BANDS).to_pylist()
     table = Table(
         "score",
@@ -175,31 +175,40 @@ def _interval(part: int, whole: int) -> tuple[float, float]:
     return low or 0.0, high or 0.0
 
 
-def _funnel_table(answer: dict[str, Any], by: str) -> Table:
+def _funnel_table(demo: Demo, by: str) -> Table:
+    """Captured → converted by value of the breakdown, with those who were qualified beside it."""
+    answer = demo.funnel("captured", "converted", by=by)
+    qualified = {
+        str(group["group"])[: 7 if by == "month" else None]: group["qualified"] for group in demo.conversion(by)
+    }
     table = Table(title=f"Funnel by {by}, within a day of the capture", title_justify="left")
     table.add_column(by)
-    names = [step["name"] for step in answer["steps"]]
-    for name in names:
+    for name in ("captured", "qualified", "took the offer", "rate", "95 %"):
         table.add_column(name, justify="right")
-    table.add_column("rate", justify="right")
-    table.add_column("95 %", justify="right")
     values = answer["values"]
     if by == "month":
         values = sorted(values, key=lambda steps: str(steps[0]["value"]))
-    for steps, style in [*((steps, "") for steps in values), (answer["steps"], "bold")]:
-        last = steps[-1]
-        rate = f"{last['rate']:.1%}" if last["rate"] is not None else ""
-        interval = f"{last['rate_low']:.1%} – {last['rate_high']:.1%}" if last["rate"] is not None else ""
-        label = "all" if style else str(steps[0]["value"])
-        table.add_row(label, *(f"{step['reached']:,}" for step in steps), rate, interval, style=style)
+    for captured, converted in values:
+        label = str(captured["value"])
+        table.add_row(label, *_rates(captured, converted, qualified.get(label, 0)))
+    table.add_section()
+    table.add_row("all", *_rates(*answer["steps"], sum(qualified.values())), style="bold")
     return table
+
+
+def _rates(captured: dict[str, Any], converted: dict[str, Any], qualified: int) -> list[str]:
+    shown = [f"{captured['reached']:,}", f"{qualified:,}", f"{converted['reached']:,}"]
+    if converted["rate"] is None:
+        return shown
+    return [*shown, f"{converted['rate']:.1%}", f"{converted['rate_low']:.1%} – {converted['rate_high']:.1%}"]
 
 
 def _story(console: Console, demo: Demo) -> None:
     contact = demo.interesting()
     table = Table("when", "what", "more", title=f"One customer: {contact.external_id}", title_justify="left")
     for item in demo.timeline(contact):
-        summary = ", ".join(f"{k} {v}" for k, v in item["summary"].items() if not isinstance(v, dict | list))
+        told = {k: v for k, v in item["summary"].items() if k != "at" and not k.endswith("_id") and v is not None}
+        summary = ", ".join(f"{k} {v}" for k, v in told.items() if not isinstance(v, dict | list))
         table.add_row(item["time"][:16].replace("T", " "), item["type"].rpartition(".v")[0], summary[:100])
     console.print(table)
     at = contact.last_call_at - timedelta(seconds=1)

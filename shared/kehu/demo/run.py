@@ -85,8 +85,7 @@ class Demo:
         self.clock.set(_morning(self.contacts[0]))
         for channel, (title, kind) in bank.CHANNELS.items():
             self._ask("lead-intake", "PUT", f"/channels/{channel}", json={"title": title, "kind": kind})
-        model = json.loads(bank.MODEL_PATH.read_text())
-        self._ask("scoring", "POST", "/models", json={"model": model, "note": "For the bank marketing set."})
+        self._ask("scoring", "POST", "/models", json=bank.model())
 
     def feed(self, progress: Callable[[int], None]) -> None:
         """Send every contact with its behaviours, in order of date.
@@ -198,12 +197,9 @@ class Demo:
             found[item["type"]] = found.get(item["type"], 0) + item["events"]
         return found
 
-    def funnel(self, by: str | None = None, window: str = "1d") -> dict[str, Any]:
-        """Captured → qualified → converted, over the lake.
-
-        A contact's calls are all on the day of its capture, so a day is the natural window.
-        """
-        return self._get("analytics", "/funnel", window=window, **({"by": by} if by else {}))
+    def funnel(self, *steps: str, by: str | None = None) -> dict[str, Any]:
+        """A funnel over the lake. A contact's calls are all on the day of its capture, so a day is the natural window."""
+        return self._get("analytics", "/funnel", step=list(steps), window="1d", **({"by": by} if by else {}))
 
     def conversion(self, by: str) -> list[dict[str, Any]]:
         """How the leads of each group fared."""
@@ -247,14 +243,9 @@ class Demo:
                 (f"offers taken of {m}", n, months.get(m, {}).get("converted", 0))
                 for m, n in wanted.accepted_by_month.items()
             ),
-            ("offers taken, funnel", wanted.accepted, self._converted_in_funnel()),
+            ("offers taken, funnel", wanted.accepted, self.funnel("captured", "converted")["steps"][-1]["reached"]),
         ]
         return [Difference(what, expected, found) for what, expected, found in checks if expected != found]
-
-    def _converted_in_funnel(self) -> int:
-        """Captured, then converted, counted over the lake."""
-        answer = self._get("analytics", "/funnel", step=["captured", "converted"], window="1d")
-        return int(answer["steps"][-1]["reached"])
 
     # --- calls --------------------------------------------------------------------------------------------------------
 
