@@ -192,7 +192,8 @@ def _funnel_table(demo: Demo, by: str) -> Table:
         label = str(captured["value"])
         table.add_row(label, *_rates(captured, converted, qualified.get(label, 0)))
     table.add_section()
-    table.add_row("all", *_rates(*answer["steps"], sum(qualified.values())), style="bold")
+    captured, converted = answer["steps"]
+    table.add_row("all", *_rates(captured, converted, sum(qualified.values())), style="bold")
     return table
 
 
