@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import random
 import socket
 import threading
 import time
@@ -328,6 +329,33 @@ class TestDuplicates:
         assert len(numbers) == len(set(numbers)) == 10
         assert len(service.of(LeadCaptured)) == 80 and len(service.of(LeadMerged)) == 70
         assert service.rows("SELECT count(*) FROM contact_index") == [(20,)]
+
+
+@pytest.mark.req("LI-05")
+@pytest.mark.parametrize("seed", range(4))
+def test_in_whatever_order_and_batches_captures_come_everybody_is_one_customer(
+    service: Service, admin: httpx.Client, seed: int
+) -> None:
+    """Six people with a phone each, and an email in half of their captures."""
+    chance = random.Random(seed)
+    captures = [
+        {"channel": "expo", "phone": f"1380013800{person}", "name": str(person)}
+        | ({"email": f"p{person}@example.com"} if n % 2 else {})
+        for person in range(6)
+        for n in range(6)
+    ]
+    chance.shuffle(captures)
+    told: list[tuple[str, dict[str, Any]]] = []
+    while captures:
+        some, captures = captures[: (size := chance.randint(1, 12))], captures[size:]
+        items = ok(admin.post("/leads/batch", json={"leads": some}))["items"]
+        told += [(lead["name"], item["result"]) for lead, item in zip(some, items, strict=True)]
+    for person in map(str, range(6)):
+        own = [result for name, result in told if name == person]
+        assert len({result["customer_id"] for result in own}) == 1
+        assert [result["outcome"] for result in own] == ["captured"] + ["merged"] * 5
+        assert {result["survivor_lead_id"] for result in own[1:]} == {own[0]["lead_id"]}
+    assert len(service.of(CustomerRegistered)) == 6
 
 
 @pytest.mark.req("LI-06")
