@@ -30,7 +30,6 @@ from lead_intake.handlers import handlers
 from lead_intake.read_models.leads import Leads
 from lead_intake.settings import LeadIntakeSettings
 
-
 # How long a thread that writes a batch may keep the interpreter's lock while the event loop waits for it, in seconds. With
 # Python's 5 ms a single capture beside an import takes twice as long.
 SWITCH_SECONDS = 0.0005
