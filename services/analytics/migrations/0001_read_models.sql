@@ -34,10 +34,9 @@ CREATE TABLE customer_timeline_v1_g1 (
     version     bigint      NOT NULL,
     service     text        NOT NULL,
     event_id    uuid        NOT NULL,
-    summary     jsonb       NOT NULL,
-    PRIMARY KEY (stream, version)
+    summary     json        NOT NULL, -- only shown, never searched
+    PRIMARY KEY (customer_id, time, event_id)
 );
-CREATE INDEX ON customer_timeline_v1_g1 (customer_id, time DESC, event_id DESC);
 CREATE VIEW customer_timeline_v1 AS SELECT * FROM customer_timeline_v1_g1;
 
 -- One row for each lead. Times are business time, the month is that of the capture in the suite's time zone.

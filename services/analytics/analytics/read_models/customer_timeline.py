@@ -50,11 +50,11 @@ class CustomerTimeline(GenerationalModel):
                 self.sql(
                     "INSERT INTO {customer_timeline}"
                     " (customer_id, time, recorded, type, stream, version, service, event_id, summary)"
-                    " SELECT customer, time, recorded, type, stream, version, service, id, summary::jsonb"
-                    " FROM unnest(%s::uuid[], %s::timestamptz[], %s::timestamptz[], %s::text[], %s::text[], %s::bigint[],"
-                    " %s::text[], %s::uuid[], %s::text[])"
+                    " SELECT customer, time, recorded, type, stream, version, service, id, summary::json"
+                    " FROM unnest(%b::uuid[], %b::timestamptz[], %b::timestamptz[], %b::text[], %b::text[], %b::bigint[],"
+                    " %b::text[], %b::uuid[], %b::text[])"
                     " AS new (customer, time, recorded, type, stream, version, service, id, summary)"
-                    " ON CONFLICT (stream, version) DO NOTHING"
+                    " ON CONFLICT DO NOTHING"
                 ),
                 [list(column) for column in zip(*rows, strict=True)],
             )

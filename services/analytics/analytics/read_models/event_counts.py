@@ -27,7 +27,7 @@ class EventCounts(GenerationalModel):
             connection.execute(
                 self.sql(
                     "INSERT INTO {event_counts} AS t (service, type, day, events)"
-                    " SELECT * FROM unnest(%s::text[], %s::text[], %s::date[], %s::bigint[])"
+                    " SELECT * FROM unnest(%b::text[], %b::text[], %b::date[], %b::bigint[])"
                     " ON CONFLICT (service, type, day) DO UPDATE SET events = t.events + excluded.events"
                 ),
                 [list(column) for column in zip(*rows, strict=True)],

@@ -237,7 +237,7 @@ def switch(
 def _refuse_parked(connection: Connection, new: str, old: str) -> None:
     counts: dict[str, int] = dict(
         connection.execute(
-            "SELECT consumer, count(*) FROM parked_events WHERE consumer = ANY(%s) AND status IN ('waiting', 'behind') GROUP BY 1",
+            "SELECT consumer, count(*) FROM parked_events WHERE consumer = ANY(%b) AND status IN ('waiting', 'behind') GROUP BY 1",
             ([new, old],),
         ).fetchall()
     )

@@ -106,7 +106,7 @@ class LeadJourney(GenerationalModel):
             connection,
             facts.captured,
             "INSERT INTO {lead_journey} (lead_id, customer_id, channel, campaign, source, captured_at, month)"
-            " SELECT * FROM unnest(%s::uuid[], %s::uuid[], %s::text[], %s::text[], %s::text[], %s::timestamptz[], %s::date[])"
+            " SELECT * FROM unnest(%b::uuid[], %b::uuid[], %b::text[], %b::text[], %b::text[], %b::timestamptz[], %b::date[])"
             " ON CONFLICT (lead_id) DO UPDATE SET customer_id = excluded.customer_id, channel = excluded.channel,"
             " campaign = excluded.campaign, source = excluded.source, captured_at = excluded.captured_at, month = excluded.month",
         )
@@ -114,28 +114,28 @@ class LeadJourney(GenerationalModel):
             connection,
             facts.merged,
             "INSERT INTO {lead_journey} (lead_id, customer_id, merged_into, merged_at)"
-            " SELECT * FROM unnest(%s::uuid[], %s::uuid[], %s::uuid[], %s::timestamptz[])"
+            " SELECT * FROM unnest(%b::uuid[], %b::uuid[], %b::uuid[], %b::timestamptz[])"
             " ON CONFLICT (lead_id) DO UPDATE SET merged_into = excluded.merged_into, merged_at = excluded.merged_at",
         )
         self._upsert(
             connection,
             facts.rejected,
             "INSERT INTO {lead_journey} (lead_id, customer_id, rejected_at)"
-            " SELECT * FROM unnest(%s::uuid[], %s::uuid[], %s::timestamptz[])"
+            " SELECT * FROM unnest(%b::uuid[], %b::uuid[], %b::timestamptz[])"
             " ON CONFLICT (lead_id) DO UPDATE SET rejected_at = excluded.rejected_at",
         )
         self._upsert(
             connection,
             facts.qualified,
             "INSERT INTO {lead_journey} AS t (lead_id, customer_id, qualified_at)"
-            " SELECT * FROM unnest(%s::uuid[], %s::uuid[], %s::timestamptz[])"
+            " SELECT * FROM unnest(%b::uuid[], %b::uuid[], %b::timestamptz[])"
             " ON CONFLICT (lead_id) DO UPDATE SET qualified_at = least(t.qualified_at, excluded.qualified_at)",
         )
         self._upsert(
             connection,
             facts.newest_score,
             "INSERT INTO {lead_journey} AS t (lead_id, customer_id, score, scored_version)"
-            " SELECT * FROM unnest(%s::uuid[], %s::uuid[], %s::float8[], %s::bigint[])"
+            " SELECT * FROM unnest(%b::uuid[], %b::uuid[], %b::float8[], %b::bigint[])"
             " ON CONFLICT (lead_id) DO UPDATE SET score = excluded.score, scored_version = excluded.scored_version"
             " WHERE t.scored_version IS NULL OR t.scored_version < excluded.scored_version",
         )
@@ -143,7 +143,7 @@ class LeadJourney(GenerationalModel):
             connection.execute(
                 self.sql(
                     "INSERT INTO {lead_journey_scores} (lead_id, version, time, score)"
-                    " SELECT * FROM unnest(%s::uuid[], %s::bigint[], %s::timestamptz[], %s::float8[])"
+                    " SELECT * FROM unnest(%b::uuid[], %b::bigint[], %b::timestamptz[], %b::float8[])"
                     " ON CONFLICT (lead_id, version) DO NOTHING"
                 ),
                 [list(column) for column in zip(*facts.scores, strict=True)],
@@ -152,7 +152,7 @@ class LeadJourney(GenerationalModel):
             connection,
             facts.conversions,
             "INSERT INTO {lead_journey_conversions} (behaviour_id, customer_id, lead_id, time)"
-            " SELECT * FROM unnest(%s::uuid[], %s::uuid[], %s::uuid[], %s::timestamptz[])"
+            " SELECT * FROM unnest(%b::uuid[], %b::uuid[], %b::uuid[], %b::timestamptz[])"
             " ON CONFLICT (behaviour_id) DO NOTHING",
         )
         converted = self._attribute(connection, facts.touched)
@@ -207,7 +207,7 @@ class LeadJourney(GenerationalModel):
             return set()
         conversions: dict[UUID, list[Conversion]] = {}
         for customer, lead_id, time in connection.execute(
-            self.sql("SELECT customer_id, lead_id, time FROM {lead_journey_conversions} WHERE customer_id = ANY(%s)"),
+            self.sql("SELECT customer_id, lead_id, time FROM {lead_journey_conversions} WHERE customer_id = ANY(%b)"),
             [list(customers)],
         ):
             conversions.setdefault(customer, []).append(Conversion(lead_id, time))
@@ -218,7 +218,7 @@ class LeadJourney(GenerationalModel):
         for customer, lead_id, captured_at, merged_into, rejected_at, converted_at in connection.execute(
             self.sql(
                 "SELECT customer_id, lead_id, captured_at, merged_into, rejected_at, converted_at FROM {lead_journey}"
-                " WHERE customer_id = ANY(%s)"
+                " WHERE customer_id = ANY(%b)"
             ),
             [list(conversions)],
         ):
@@ -232,7 +232,7 @@ class LeadJourney(GenerationalModel):
             connection.execute(
                 self.sql(
                     "UPDATE {lead_journey} t SET converted_at = new.time, score_at_conversion = NULL"
-                    " FROM unnest(%s::uuid[], %s::timestamptz[]) AS new (lead_id, time) WHERE t.lead_id = new.lead_id"
+                    " FROM unnest(%b::uuid[], %b::timestamptz[]) AS new (lead_id, time) WHERE t.lead_id = new.lead_id"
                 ),
                 [changed, [after[lead_id] for lead_id in changed]],
             )
@@ -246,7 +246,7 @@ class LeadJourney(GenerationalModel):
                     "UPDATE {lead_journey} t SET score_at_conversion = last.score"
                     " FROM {lead_journey} j CROSS JOIN LATERAL (SELECT s.score FROM {lead_journey_scores} s"
                     "  WHERE s.lead_id = j.lead_id AND s.time < j.converted_at ORDER BY s.time DESC, s.version DESC LIMIT 1) last"
-                    " WHERE j.lead_id = ANY(%s) AND j.converted_at IS NOT NULL AND t.lead_id = j.lead_id"
+                    " WHERE j.lead_id = ANY(%b) AND j.converted_at IS NOT NULL AND t.lead_id = j.lead_id"
                     " AND t.score_at_conversion IS DISTINCT FROM last.score"
                 ),
                 [sorted(leads)],

@@ -44,7 +44,7 @@ def add(connection: Connection, counts: Counter[tuple[str, datetime, str, str, s
         rows = [(*key, count) for key, count in sorted(counts.items())]  # one order of locking for all workers
         connection.execute(
             "INSERT INTO live_counters AS t (span, bucket, service, type, channel, events)"
-            " SELECT * FROM unnest(%s::text[], %s::timestamptz[], %s::text[], %s::text[], %s::text[], %s::bigint[])"
+            " SELECT * FROM unnest(%b::text[], %b::timestamptz[], %b::text[], %b::text[], %b::text[], %b::bigint[])"
             " ON CONFLICT (span, bucket, service, type, channel) DO UPDATE SET events = t.events + excluded.events",
             [list(column) for column in zip(*rows, strict=True)],
         )
