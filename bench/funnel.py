@@ -72,7 +72,7 @@ def generate(path: Path, rows: int, seed: int = 20260101) -> None:
             progress.advance(task, count)
         task = progress.add_task("sorting", total=None)
         started = time.perf_counter()
-        compact(path)
+        compact(path, memory_limit=None)
         progress.remove_task(task)
     console.print(f"{rows:,} events of {customers:,} customers sorted in {time.perf_counter() - started:.1f} s")
 

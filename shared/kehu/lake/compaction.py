@@ -62,13 +62,13 @@ class VacuumResult:
 
 
 def compact(
-    path: Path | str, *, memory_limit: str | None = None, threads: int | None = None, target: int = ROW_GROUP_ROWS
+    path: Path | str, *, memory_limit: str | None = "1GB", threads: int | None = None, target: int = ROW_GROUP_ROWS
 ) -> CompactResult:
     """Move the rows of the tail into the sorted files.
 
     Args:
         path: the lake.
-        memory_limit: of the sort, such as `2GB`; beyond it runs go to the lake's scratch directory.
+        memory_limit: of the sort; beyond it runs go to the lake's scratch directory. None for 80 % of the memory.
         threads: of the sort; None for all cores.
         target: rows of a row group.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import cached_property
@@ -20,7 +20,7 @@ from kehu.lake.fold import fold, is_plain
 from kehu.lake.format import SCHEMA, bucket_sql, instant, micros
 from kehu.lake.histories import count
 from kehu.lake.kernel import CONVERTED, DROPPED, EXCLUDED, KINDS, PENDING, REACHED, WAITING, WENT_ON
-from kehu.lake.log import Snapshot
+from kehu.lake.log import DataFile, Snapshot
 from kehu.lake.outcome import Counts, Scratch, Units
 from kehu.lake.spec import FunnelSpec
 from kehu.lake.sql import funnel_sql, rows_sql
@@ -232,21 +232,30 @@ def run(
     horizon = _horizon(spec)
     if is_plain(spec):
         return _result(spec, snapshot.id, horizon, fold(root, snapshot, spec, horizon, threads, spare))
-    parts = []
-    tail = snapshot.of("tail")
     with connect(root, threads=threads, memory_limit=memory_limit) as connection:
         if spec.unit == "customer":  # a customer's events are in one bucket: one at a time is enough in memory
-            for bucket in range(snapshot.buckets):
-                files = [f for f in snapshot.of("events") if f.bucket == bucket]
-                here = rows_sql(spec, scan_events(root, files))
-                late = rows_sql(spec, scan_events(root, tail), f"{bucket_sql('customer', snapshot.buckets)} = {bucket}")
-                if files or tail:
-                    rows = connection.sql(f"{here} UNION ALL {late}").to_arrow_table()
-                    parts.append(count(rows, spec, horizon))
+            tables = _by_bucket(connection, root, snapshot, spec)
         else:
-            rows = connection.sql(rows_sql(spec, scan_events(root, snapshot.of("events", "tail")))).to_arrow_table()
-            parts.append(count(rows, spec, horizon))
+            query = rows_sql(spec, scan_events(root, snapshot.of("events", "tail")))
+            tables = iter([connection.sql(query).to_arrow_table()])
+        parts = [count(rows, spec, horizon) for rows in tables]
     return _result(spec, snapshot.id, horizon, parts)
+
+
+def _by_bucket(
+    connection: duckdb.DuckDBPyConnection, root: Path, snapshot: Snapshot, spec: FunnelSpec
+) -> Iterator[pa.Table]:
+    """The rows of each bucket: of its sorted files, and of the tail, which is read once."""
+    bucket = f"{bucket_sql('customer', snapshot.buckets)} AS bucket"
+    tail = connection.sql(rows_sql(spec, scan_events(root, snapshot.of("tail")), bucket)).to_arrow_table()
+    of_tail = tail["bucket"].to_numpy()
+    files: dict[int | None, list[DataFile]] = {}
+    for file in snapshot.of("events"):
+        files.setdefault(file.bucket, []).append(file)
+    for number in sorted({f for f in files if f is not None} | set(np.unique(of_tail).tolist())):
+        rows = connection.sql(rows_sql(spec, scan_events(root, files.get(number, [])))).to_arrow_table()
+        late = tail.take(pa.array(np.flatnonzero(of_tail == number))).drop_columns("bucket")
+        yield pa.concat_tables([rows, late])
 
 
 def _at(spec: FunnelSpec, latest: int | None) -> FunnelSpec:

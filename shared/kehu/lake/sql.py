@@ -57,12 +57,12 @@ def time_limits(as_of: datetime | None, until: datetime | None) -> list[str]:
     return limits
 
 
-def rows_sql(spec: FunnelSpec, source: str, *also: str) -> str:
+def rows_sql(spec: FunnelSpec, source: str, *more: str) -> str:
     """The rows that a funnel needs: unit, t, sequence, mask, breaks, the held attributes h0… and the breakdown b.
 
     Args:
         source: SQL of the events.
-        also: further conditions.
+        more: further columns.
     """
     columns = [
         f"{unit_sql(spec.unit)} AS unit",
@@ -71,13 +71,14 @@ def rows_sql(spec: FunnelSpec, source: str, *also: str) -> str:
         f"{_bits(spec.steps)} AS mask",
         f"{_bits(spec.exclude)} AS breaks",
         *(f"{attribute_sql(name)} AS h{index}" for index, name in enumerate(spec.hold)),
+        *more,
     ]
     if spec.breakdown is not None:
         columns.append(f"{_breakdown_sql(spec.breakdown, spec.tz)} AS b")
     conditions = ["unit IS NOT NULL", *(f"h{index} IS NOT NULL" for index in range(len(spec.hold)))]
     if spec.order != "strict":  # a strict funnel must see every event
         conditions.append("(mask <> 0 OR breaks <> 0)")
-    inner = " AND ".join([*time_limits(spec.as_of, spec.until), *also]) or "true"
+    inner = " AND ".join(time_limits(spec.as_of, spec.until)) or "true"
     return f"SELECT * FROM (SELECT {', '.join(columns)} FROM {source} WHERE {inner}) WHERE {' AND '.join(conditions)}"  # noqa: S608 - parts are quoted here
 
 

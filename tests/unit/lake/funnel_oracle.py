@@ -44,6 +44,7 @@ class Verdict:
     outcome: str = "none"
     reached_at: int = 0
     open_start: int | None = None
+    path: dict[int, int] = field(default_factory=dict)  # of the chain that counts: step → time
 
 
 def judge(events: list[Event], rules: Rules, horizon: int) -> Verdict:
@@ -114,6 +115,18 @@ def _measures(verdict: Verdict, chains: list[Chain], events: list[Event], rank: 
             verdict.gap[k] = reached - came
         verdict.level = k
         verdict.reached_at = reached
+        verdict.path = _path(chains, events, rank, k, first, latest)
+
+
+def _path(chains: list[Chain], events: list[Event], rank: list[int], k: int, at: int, start: int) -> dict[int, int]:
+    """The times by which a chain with this start came to each step, on its way to step k at this rank."""
+    ending = [c for c in chains if c[-1][0] == k and rank[c[-1][1]] == at and events[c[0][1]].time == start]
+    own = {k: events[ending[0][-1][1]].time}
+    if k == 1:
+        return own
+    source = max(c[-2][0] for c in ending)
+    came = min(rank[c[-2][1]] for c in ending if c[-2][0] == source)
+    return {**_path(chains, events, rank, source, came, start), **own}
 
 
 def _ordered(events: list[Event], rules: Rules) -> tuple[Verdict, bool]:
@@ -134,9 +147,10 @@ def _ordered(events: list[Event], rules: Rules) -> tuple[Verdict, bool]:
     verdict = Verdict()
     _measures(verdict, chains, events, [e.time for e in events])
 
-    def standing(k: int) -> tuple[int | None, bool]:
-        """The start that stands at step k in the end, and whether one saw its window close unbroken."""
-        start, settled = None, False
+    def standing(k: int) -> tuple[int | None, bool, int | None]:
+        """The start that stands at step k in the end, whether one saw its window close unbroken, and when the one came
+        that counts: the first, or after all so far were broken the next."""
+        start, settled, counts = None, False, None
         for t in sorted({e.time for e in events}):
             for r in {r for e in events if e.time == t for r in e.breaks}:
                 if rules.exclude[r][0] <= k < rules.exclude[r][1] and start is not None:
@@ -147,14 +161,20 @@ def _ordered(events: list[Event], rules: Rules) -> tuple[Verdict, bool]:
             came = [events[c[0][1]].time for c in chains if c[-1][0] == k and events[c[-1][1]].time == t]
             if came and max(came) != start:
                 settled = settled or (start is not None and t - start > rules.window)
+                if counts is None or (start is None and not settled):
+                    counts = t
                 start = max(came)
-        return start, settled
+        return start, settled, counts
 
     stands = [standing(k)[0] for k in range(1, rules.steps + 1)]
     verdict.open_start = max((s for s in stands if s is not None), default=None)
     if verdict.level in (0, rules.steps):
         return verdict, False
-    start, settled = standing(verdict.level)
+    start, settled, counts = standing(verdict.level)
+    assert counts is not None
+    begun = max(events[c[0][1]].time for c in chains if c[-1][0] == verdict.level and events[c[-1][1]].time == counts)
+    verdict.reached_at = counts
+    verdict.path = _path(chains, events, [e.time for e in events], verdict.level, counts, begun)
     return verdict, start is None and not settled
 
 
@@ -203,6 +223,7 @@ def _unordered(events: list[Event], rules: Rules) -> Verdict:
         verdict.took[n] = end + start
         verdict.gap[n] = end - before if n > 1 else 0
         before = end
+    verdict.path = {1: verdict.reached_at - verdict.took[verdict.level], verdict.level: verdict.reached_at}
     return verdict
 
 

@@ -60,7 +60,7 @@ def rows_of(
             breaks = sum(1 << r for r, exclusion in enumerate(spec.exclude) if kind in exclusion.types)
             hold = held[unit][sequence] if held else 0
             if mask or breaks or spec.order == "strict":
-                rows.append((f"u{unit}", time, sequence, mask, breaks, None if hold is None else str(hold), kind))
+                rows.append((f"u{unit}", time, sequence, mask, breaks, None if hold is None else str(hold), str(time)))
     columns = list(zip(*rows, strict=True)) or [()] * 7
     kinds = [pa.string(), pa.int64(), pa.int64(), pa.int64(), pa.int64(), pa.string(), pa.string()]
     names = ["unit", "t", "sequence", "mask", "breaks", "h0", "b"]
@@ -213,6 +213,69 @@ def test_hold_takes_the_value_that_got_furthest(
     got = counted(units, spec, horizon, held=held)
     # Two values may get equally far at the same instant; either is the furthest, and the chains may differ.
     assert [(v.level, v.outcome) for v in got] == [(v.level, v.outcome) for v in wanted]
+
+
+@given(
+    steps_of_kind,
+    st.integers(0, 10),
+    st.sampled_from(["ordered", "strict", "unordered"]),
+    st.sampled_from(["step_order", "strictly_later"]),
+    st.frozensets(st.integers(2, 3), max_size=2),
+    st.lists(st.tuples(st.sampled_from("bdx"), st.integers(1, 3), st.integers(2, 4)), max_size=2),
+    st.sampled_from(["first", "last", "all", "step:1", "step:2", "step:3"]),
+    histories,
+)
+@settings(max_examples=200, deadline=None)
+@pytest.mark.req("AN-01")
+def test_the_breakdown_is_that_of_the_chain_that_counts(
+    steps: list[frozenset[str]],
+    window: int,
+    order: str,
+    ties: str,
+    optional: frozenset[int],
+    excluded: list[tuple[str, int, int]],
+    attribution: str,
+    units: list[list[tuple[int, str]]],
+) -> None:
+    """Each event's value is its time here, so the value of a unit says which event was taken."""
+    plain = order == "unordered"
+    if plain:
+        units = [events[:5] for events in units]
+        attribution = attribution if attribution in ("first", "last") else "first"
+    if attribution in {f"step:{k}" for k in range(len(steps) + 1, 4)}:
+        attribution = "last"
+    exclude = tuple(
+        Exclusion(types=(kind,), after=after, before=before)
+        for kind, after, before in excluded
+        if after < before <= len(steps) and order == "ordered"
+    )
+    spec = spec_of(
+        steps,
+        window,
+        order=order,
+        ties="step_order" if plain else ties,
+        optional=frozenset() if plain else frozenset(k for k in optional if 1 < k < len(steps)),
+        exclude=exclude,
+        breakdown="customer",
+        attribution=attribution,
+    )
+    result = count(rows_of(units, spec), spec, 0)
+    assert result.split is not None
+    found: dict[str, set[int]] = {}
+    for name, value in zip(result.names(result.split.unit), result.split.value, strict=True):
+        found.setdefault(name, set()).add(int(result.split.values[value] or -1))
+    wanted = {}
+    for index, verdict in enumerate(expected(units, spec, 0)):
+        k = spec.attributed_step()
+        chosen = {
+            "first": {min(verdict.path, default=0)},
+            "last": {max(verdict.path, default=0)},
+            "all": set(verdict.path),
+        }.get(attribution, {k})
+        times = {verdict.path[step] for step in chosen if step in verdict.path}
+        if times:
+            wanted[f"u{index}"] = times
+    assert found == wanted
 
 
 def folded(units: list[list[tuple[int, str]]], spec: FunnelSpec) -> list[tuple[int, dict[int, int]]]:
