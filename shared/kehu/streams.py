@@ -121,6 +121,9 @@ def create_app(name: str, bootstrap: str, take_over: TakeOver, datadir: str | No
         broker_heartbeat_interval=3.0,
         broker_rebalance_timeout=20.0,
         broker_request_timeout=30.0,
+        # A broker that has just come back may not know its topics yet; a group leader that asks then gives nobody anything
+        # until it looks again, by default after five minutes.
+        consumer_metadata_max_age_ms=5_000,
         broker_commit_interval=1.0,
         broker_commit_every=1000,
         consumer_auto_offset_reset="earliest",
@@ -358,7 +361,6 @@ class Guard:
             return work()
         except StaleProgress:
             self.positions.update(self._read_positions(sorted(self.positions)))
-            self._sought.update(self.positions)
             raise
 
     def _apply(self, items: Sequence[Item]) -> None:
@@ -536,8 +538,9 @@ class StreamWorker:
         """Whether there is something to read and nothing is read."""
         try:
             ends = await asyncio.wait_for(self.ends(), 10.0)
-            # Without a partition of our own we watch that somebody reads them.
-            positions = dict(self.guard.positions) or await asyncio.to_thread(self.guard.stored)
+            positions = dict(self.guard.positions)
+            if not positions:  # without a partition of our own we watch that somebody reads them, even if nobody ever did
+                positions = dict.fromkeys(ends, 0) | await asyncio.to_thread(self.guard.stored)
         except (KafkaError, *_WAIT_FOR) as error:
             log.warning("the lag is not known", extra={"consumer": self.guard.consumer, "error": type(error).__name__})
             self._still_since = time.monotonic()  # Kafka or the database is away: that is not a stall of ours

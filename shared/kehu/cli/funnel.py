@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import orjson
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -81,9 +82,9 @@ def command(
         return
     console = Console()
     console.print(_headline(answer, spec.window), highlight=False)
-    console.print(table(answer["steps"]))
+    console.print(table(answer["steps"], console.width))
     for counts in answer["values"]:
-        console.print(table(counts, title=counts[0]["value"] or "(none)"))
+        console.print(table(counts, console.width, counts[0]["value"] or "(none)"))
     if any(row["young"] for row in answer["steps"]):
         console.print(
             "* Some are pending: their window is open, and the rate will rise. Settled rates are without them."
@@ -122,29 +123,30 @@ def find_lake(path: Path | None, state_dir: Path) -> Lake:
         fail(f"There is no lake in {path} yet: it is made when the first events arrive.")
 
 
-def table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
-    """The steps of a funnel as a table."""
-    shown = Table(title=title, title_justify="left")
-    shown.add_column("Step")
-    for head in ("Reached", "Rate", "95 %", "Settled", "From last", "Pending", "Dropped", "Median time", "90 %"):
+# Columns of the table, with the narrowest terminal that shows them.
+_COLUMNS: tuple[tuple[str, int, Callable[[Mapping[str, Any]], str]], ...] = (
+    ("Reached", 0, lambda row: f"{row['reached']:,}"),
+    ("Rate", 0, lambda row: percent(row["rate"]) + ("*" if row["young"] else "")),
+    ("95 %", 0, lambda row: "" if row["rate"] is None else f"{percent(row['rate_low'])}–{percent(row['rate_high'])}"),
+    ("Settled", 110, lambda row: percent(row["settled_rate"])),
+    ("From last", 120, lambda row: percent(row["step_rate"])),
+    ("Pending", 0, lambda row: f"{row['pending']:,}"),
+    ("Dropped", 0, lambda row: f"{row['dropped']:,}"),
+    ("Excluded", 130, lambda row: f"{row['excluded']:,}"),
+    ("Median", 100, lambda row: duration(row["seconds_median"])),
+    ("90 %", 130, lambda row: duration(row["seconds_p90"])),
+)
+
+
+def table(rows: Sequence[Mapping[str, Any]], width: int, title: str | None = None) -> Table:
+    """The steps of a funnel as a table that fits a terminal of this width."""
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("Step", overflow="fold", min_width=10)
+    columns = [(head, cell) for head, least, cell in _COLUMNS if width >= least]
+    for head, _ in columns:
         shown.add_column(head, justify="right", no_wrap=True)
-    excluded = any(row["excluded"] for row in rows)
-    if excluded:
-        shown.add_column("Excluded", justify="right")
     for row in rows:
-        cells = [
-            row["name"],
-            f"{row['reached']:,}",
-            percent(row["rate"]) + ("*" if row["young"] else ""),
-            f"{percent(row['rate_low'])}–{percent(row['rate_high'])}" if row["rate"] is not None else "",
-            percent(row["settled_rate"]),
-            percent(row["step_rate"]),
-            f"{row['pending']:,}",
-            f"{row['dropped']:,}",
-            duration(row["seconds_median"]),
-            duration(row["seconds_p90"]),
-        ]
-        shown.add_row(*cells, *([f"{row['excluded']:,}"] if excluded else []))
+        shown.add_row(row["name"], *(cell(row) for _, cell in columns))
     return shown
 
 

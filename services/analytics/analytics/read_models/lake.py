@@ -133,9 +133,9 @@ class LakeLoader:
                 waiting += [Record(r.topic, r.partition, r.offset, r.value) for r in fetched]
                 old = time.monotonic() - oldest >= self.settings.lake_flush_seconds
                 if waiting and (old or stopping or len(waiting) >= self.settings.lake_flush_events):
-                    loaded = await self._append(writer, waiting)
+                    offsets = (await self._append(writer, waiting)).offsets
                     waiting = []
-                    _show(tail, loaded.offsets)
+                _show(tail, offsets)
                 if stopping:
                     return
                 self._compact_when_due()

@@ -27,6 +27,11 @@ MAX_MERGES = 16
 _NEVER = datetime.max.replace(tzinfo=UTC)
 
 
+# A score that fades, or is counted anew by another model, says nothing of what the lead did. Leads that never convert fade
+# for longer than those that do: with faded scores a high one would seem to promise more than it does.
+BY_ITSELF = ("decay", "model")
+
+
 @dataclass(frozen=True, slots=True)
 class Lead:
     """What attribution needs to know of a lead."""
@@ -189,7 +194,7 @@ class LeadJourney(GenerationalModel):
                     seen = facts.qualified.get(e.lead_id)
                     if seen is None or recorded.time < seen[2]:
                         facts.qualified[e.lead_id] = (e.lead_id, e.customer_id, recorded.time)
-                case LeadScoreChanged() as e:
+                case LeadScoreChanged() as e if e.cause not in BY_ITSELF:
                     facts.scores.append((e.lead_id, recorded.version, recorded.time, e.score))
                     newest = facts.newest_score.get(e.lead_id)
                     if newest is None or newest[3] < recorded.version:
@@ -284,7 +289,8 @@ def conversion(
 ) -> list[Group]:
     """Leads that were captured, qualified, converted and rejected, by channel, month or score band.
 
-    The score of a lead is the last one before its conversion, or the newest of a lead that has not converted.
+    The score of a lead is the last one before its conversion, or the newest of a lead that has not converted; what time
+    alone made of it does not count.
 
     Args:
         by: a key of GROUPS.

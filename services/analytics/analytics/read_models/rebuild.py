@@ -130,6 +130,9 @@ class Rebuild:
         )
         building = asyncio.create_task(runner.run(), name=f"rebuild-{self.name}")
         try:
+            while not runner.positions and not building.done():
+                await asyncio.wait({building}, timeout=0.01)
+            self._first, self._started = sum(runner.positions.values()), time.monotonic()
             await self._catch_up(building, runner, ends, model)
             for left in range(_SWITCHES - 1, -1, -1):
                 try:
@@ -159,8 +162,6 @@ class Rebuild:
                 await building  # raises what ended it
                 raise RuntimeError("the consumer of a rebuild ended by itself")
             total, done = sum((await ends()).values()), sum(runner.positions.values())
-            if not self._first:
-                self._first, self._started = done, time.monotonic()
             near = bool(runner.positions) and total - done < self.settings.rebuild_batch
             self.report(
                 Step(self.name, model.generation, "switching" if near else "building", done, total, self._rate(done))
