@@ -218,6 +218,9 @@ class ConsumerRunner:
             max_poll_interval_ms=session,
             rebalance_timeout_ms=session,
             max_partition_fetch_bytes=4 << 20,
+            # A broker that has just come back may not know its topics yet; a group leader that asks then gives nobody
+            # anything until it looks again, by default after five minutes.
+            metadata_max_age_ms=5_000,
             **self.security,
         )
         try:
