@@ -29,7 +29,8 @@ SELECT strftime(timezone($tz, "time"), '%Y-%m-%d') AS day, regexp_replace(type, 
 FROM events GROUP BY ALL ORDER BY ALL
 """
 # The score of a customer is the last one before the conversion, or the newest of one that has not converted: the score
-# that the conversion itself makes says nothing.
+# that the conversion itself makes says nothing. What time alone made of a score does not count: those who never convert
+# fade for longer.
 _BANDS = """
 WITH converted AS (
     SELECT customer, min("time") AS converted_at FROM events
@@ -37,7 +38,8 @@ WITH converted AS (
 ), scored AS (
     SELECT customer, arg_max(CAST(data ->> '$.score' AS DOUBLE), ("time", streamversion)) AS score
     FROM events LEFT JOIN converted USING (customer)
-    WHERE regexp_matches(type, '^lead_score\\.changed\\.v\\d+$') AND (converted_at IS NULL OR "time" < converted_at) GROUP BY customer
+    WHERE regexp_matches(type, '^lead_score\\.changed\\.v\\d+$') AND (converted_at IS NULL OR "time" < converted_at)
+    AND data ->> '$.cause' NOT IN ('decay', 'model') GROUP BY customer
 ), captured AS (
     SELECT DISTINCT customer FROM events WHERE regexp_matches(type, '^lead\\.captured\\.v\\d+$')
 )
@@ -86,18 +88,20 @@ def report(
     totals = lake.sql(_TOTALS, as_of=as_of, until=until, snapshot=snapshot).to_pylist()[0]
     if not totals["events"]:
         raise ValueError("There is no event to report on.")
-    counted = {
-        by: lake.funnel(funnel(DEFAULT_STEPS, window, by=by, as_of=as_of, until=until, tz=tz), snapshot=snapshot)
-        for by in ("channel", "month")
-    }
+
+    def counted(*steps: str, by: str | None = None) -> FunnelResult:
+        return lake.funnel(funnel(steps, window, by=by, as_of=as_of, until=until, tz=tz), snapshot=snapshot)
+
+    # By channel and month the question is who converted; whether they were qualified on the way is the first part's.
+    ends = (DEFAULT_STEPS[0], DEFAULT_STEPS[-1])
     made = Report("Kehu: from lead to customer")
     made.paragraph(
         f"{totals['events']:,} events of {totals['customers']:,} customers, from {totals['first']:%Y-%m-%d} to"
         f" {totals['last']:%Y-%m-%d}, recorded until {totals['recorded']:%Y-%m-%d %H:%M} UTC. Version {snapshot.id} of the lake."
     )
-    _funnel_part(made, counted["month"], window)
-    _channel_part(made, counted["channel"])
-    _month_part(made, counted["month"])
+    _funnel_part(made, counted(*DEFAULT_STEPS), window)
+    _channel_part(made, counted(*ends, by="channel"))
+    _month_part(made, counted(*ends, by="month"))
     _band_part(made, lake, snapshot, as_of, until)
     _day_part(made, lake, snapshot, as_of, until, tz)
     return made
