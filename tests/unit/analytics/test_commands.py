@@ -6,6 +6,7 @@ import json
 import re
 import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,49 @@ def test_replay_says_why_it_cannot(
     monkeypatch.delenv("KEHU_JWT_SECRET", raising=False)
     assert run("replay", "--projection", "lead_journey", "--state-dir", str(tmp_path)) == 1
     assert "KEHU_" in capsys.readouterr().err
+
+
+STEP = {"projection": "lead_journey", "generation": 2, "state": "building", "done": 10, "total": 40, "rate": 0.0}
+
+
+@pytest.fixture
+def rebuilding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts a process in the place of `python -m analytics rebuild` that says these lines and ends with this code."""
+
+    def put(lines: list[dict[str, object]], code: int, log: str = "") -> None:
+        package = tmp_path / "path" / "analytics"
+        package.mkdir(parents=True)
+        text = "\n".join(json.dumps(line) for line in lines)
+        (package / "__init__.py").touch()
+        (package / "__main__.py").write_text(
+            "import os, sys\n"
+            "assert sys.argv[1:] == ['rebuild'] and os.environ['KEHU_PROJECTION'] == 'lead_journey'\n"
+            f"print({text!r})\nprint('not a step')\nprint({log!r}, file=sys.stderr)\nsys.exit({code})\n"
+        )
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+        monkeypatch.setenv("KEHU_POSTGRES_URL", "postgresql://nobody@127.0.0.1:1/postgres")
+
+    return put
+
+
+@pytest.mark.req("AN-08")
+def test_replay_shows_how_far_it_is(
+    rebuilding: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rebuilding([STEP, {**STEP, "state": "done", "done": 40, "rate": 20000.0}], 0)
+    arguments = ("replay", "--projection", "lead_journey", "--state-dir", str(tmp_path))
+    assert run(*arguments) == 0
+    assert "lead_journey: generation 2 is live, 40 events, 20,000 a second." in capsys.readouterr().out
+    assert run(*arguments, "--json") == 0
+    assert [json.loads(line)["done"] for line in capsys.readouterr().out.splitlines()] == [10, 40]
+
+
+def test_replay_tells_the_reason_of_a_failure(
+    rebuilding: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rebuilding([STEP, {"state": "failed", "reason": "3 events are parked"}], 1, '{"error": "analytics.NotReady"}')
+    assert run("replay", "--projection", "lead_journey", "--state-dir", str(tmp_path)) == 1
+    assert capsys.readouterr().err.strip().endswith("3 events are parked")
 
 
 def test_the_reason_of_a_failed_rebuild() -> None:
