@@ -79,7 +79,9 @@ class Listener:
     async def wait(self) -> None:
         """Return at a ring or after the poll interval."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._rung.wait(), self._poll)
+            # Not wait_for: before Python 3.12 it can swallow a cancellation that comes together with a ring.
+            async with asyncio.timeout(self._poll):
+                await self._rung.wait()
         self._rung.clear()
 
     async def rings(self) -> AsyncIterator[None]:
