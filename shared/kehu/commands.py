@@ -20,6 +20,7 @@ from kehu.events import Envelope, Event, Recorded
 from kehu.eventstore import CarriedOut, Conflict, EventStore, Pending, StreamSlice
 from kehu.eventstore.store import translated
 from kehu.ids import derived, uuid7
+from kehu.observability import spans
 from kehu.postgres import Connection, Row, write_rows
 from kehu.privacy import Keyring, needs_key, seal
 
@@ -391,7 +392,8 @@ class CommandHandler:
             answer = to_json({"result": result, "versions": versions}).decode()
             commands.append(CarriedOut(request.command_id, request.fingerprint, answer))
             rows.extend(plan.rows(new))
-        with translated():
+        traces = (requests[i].context.traceparent for i, _, _ in decided)
+        with translated(), spans("append", traces, events=len(sealed)):
             if progress is None and not rows:
                 self.store.append(connection, sealed, commands)  # one statement, one transaction, one round trip
             elif progress is None:

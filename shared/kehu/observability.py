@@ -16,9 +16,10 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -345,6 +346,24 @@ def span(name: str, parent: str | None = None, **attributes: Any) -> _Span | _No
 
 
 _NO_SPAN = _NoSpan()
+_MOST_SPANS = 200
+
+
+@contextlib.contextmanager
+def spans(name: str, parents: Iterable[str | None], **attributes: Any) -> Iterator[None]:
+    """One span around the work on a batch in each of the traces that the batch carries on, at most 200; none without a collector.
+
+    Args:
+        parents: trace contexts, e.g. of the events of a batch; those that are None belong to no trace.
+        attributes: as of `span`.
+    """
+    if _tracer is None:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        for parent in islice((parent for parent in dict.fromkeys(parents) if parent is not None), _MOST_SPANS):
+            stack.enter_context(_Span(name, parent, attributes))
+        yield
 
 
 def configure_tracing(settings: ServiceSettings, role: str) -> None:

@@ -38,6 +38,7 @@ from kehu.kafka.guard import (
 )
 from kehu.kafka.replay import Replay
 from kehu.kafka.topics import group_of, topic_of
+from kehu.observability import spans
 from kehu.postgres import TRANSIENT, Pool
 
 log = logging.getLogger(__name__)
@@ -484,7 +485,7 @@ class ConsumerRunner:
             return None
         verdict, firsts = presumed
         try:
-            self.subscription.effect(verdict.events, Moved(self.consumer, offsets, verdict, firsts))
+            self._effect(verdict, Moved(self.consumer, offsets, verdict, firsts))
         except (StaleProgress, SubscriptionStopped, *_WAIT_FOR):
             raise
         except Exception as error:  # a repeat, a hole, or an error of the effect, which comes again on the long way
@@ -501,8 +502,13 @@ class ConsumerRunner:
         for parking in verdict.parking:
             parking.attempts = attempts
         self._may_park(verdict.parking)
-        self.subscription.effect(verdict.events, Moved(self.consumer, offsets, verdict))
+        self._effect(verdict, Moved(self.consumer, offsets, verdict))
         return verdict
+
+    def _effect(self, verdict: Verdict, progress: Moved) -> None:
+        traces = (event.traceparent for event in verdict.events)
+        with spans(f"consume {self.subscription.name}", traces, events=len(verdict.events)):
+            self.subscription.effect(verdict.events, progress)
 
     def _count(self, verdict: Verdict) -> None:
         metrics.CONSUMER_BATCHES.labels(self.consumer).inc()

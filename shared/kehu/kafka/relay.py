@@ -42,6 +42,7 @@ from kehu.follower import Listener
 from kehu.kafka import metrics
 from kehu.kafka.lease import Lease, LeaseLost
 from kehu.kafka.topics import MAX_MESSAGE_BYTES, partition_count, partition_of
+from kehu.observability import spans, tracing
 from kehu.postgres import TRANSIENT, Pool
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class Round:
     rows: int = 0
     size: int = 0
     unsendable: Unsendable | None = None
+    traces: list[str | None] = field(default_factory=list)
 
 
 def key_of(state: bytes) -> bytes:
@@ -278,6 +280,8 @@ class Relay:
         round_ = Round(last=after, rows=len(rows))
         if rows:
             self._build(producer, rows, round_)
+            if tracing():
+                round_.traces = [row.recorded().traceparent for row in rows[: round_.events + round_.skipped]]
             if len(rows) == limit and round_.size < 4_000_000:
                 self._limit = min(limit * 2, self.round_events)
             elif round_.size > 8_000_000:
@@ -334,12 +338,13 @@ class Relay:
         if not round_.batches:
             return
         try:
-            async with asyncio.timeout(self.send_seconds):
-                if len(round_.batches) == 1:
-                    ((partition, batches),) = round_.batches.items()
-                    await in_order(partition, batches)
-                else:
-                    await asyncio.gather(*(in_order(p, batches) for p, batches in round_.batches.items()))
+            with spans("publish", round_.traces, events=round_.events):
+                async with asyncio.timeout(self.send_seconds):
+                    if len(round_.batches) == 1:
+                        ((partition, batches),) = round_.batches.items()
+                        await in_order(partition, batches)
+                    else:
+                        await asyncio.gather(*(in_order(p, batches) for p, batches in round_.batches.items()))
         except _REFUSALS as error:
             raise Unsendable(
                 f"{self.topic}: the broker refuses events up to {round_.last} with {type(error).__name__}; compare the topic's"
