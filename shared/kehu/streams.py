@@ -172,18 +172,6 @@ async def require_topics(bootstrap: str, topics: Iterable[Topic | str]) -> None:
 # The guard -------------------------------------------------------------------------------------------------------------
 
 
-class EnvelopeReader(Reader):
-    """Reads only the envelope, for effects that need no more: an event of a type that this release does not know counts too."""
-
-    def __init__(self) -> None:
-        super().__init__(())
-
-    def item(self, *record: Any) -> Item:
-        item = super().item(*record)
-        item.wanted = True
-        return item
-
-
 class Skipped(RuntimeError):
     """Faust left out records that are in the topic. The process ends and reads them at its next start."""
 
@@ -539,7 +527,9 @@ class StreamWorker:
         try:
             ends = await asyncio.wait_for(self.ends(), 10.0)
             positions = dict(self.guard.positions)
-            if not positions:  # without a partition of our own we watch that somebody reads them, even if nobody ever did
+            if (
+                not positions
+            ):  # without a partition of our own we watch that somebody reads them, even if nobody ever did
                 positions = dict.fromkeys(ends, 0) | await asyncio.to_thread(self.guard.stored)
         except (KafkaError, *_WAIT_FOR) as error:
             log.warning("the lag is not known", extra={"consumer": self.guard.consumer, "error": type(error).__name__})

@@ -7,6 +7,7 @@ from analytics.read_models.generations import SERVICE
 from kehu.events.base import PRODUCERS
 from kehu.kafka.consumer import Subscription
 from kehu.kafka.effects import Effect
+from kehu.kafka.envelopes import EnvelopeReader
 from kehu.kafka.topics import group_of, topic_of
 
 # Everybody's events: analytics writes none of its own.
@@ -18,4 +19,5 @@ LIVE_COUNTERS = group_of(SERVICE, "live_counters")
 
 def projection(model: GenerationalModel, effect: Effect, batch: int) -> Subscription:
     """A read model's generation: from the first event on; what fails is parked with the later events of its stream."""
-    return Subscription(model.consumer, SERVICES, effect, batch=batch)
+    reader = EnvelopeReader() if model.envelopes_only else None
+    return Subscription(model.consumer, SERVICES, effect, batch=batch, reader=reader)

@@ -71,6 +71,7 @@ class Subscription:
         batch: the most events in one transaction, 1 to 10 000.
         park_limit: the most events that may be parked at once; beyond that the subscription stops, because then not the
             events are broken but the effect.
+        reader: how records are parsed; None decodes the events that the effect wants.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Subscription:
     start: Literal["beginning", "anywhere", "end"] = "beginning"
     batch: int = 500
     park_limit: int = 10_000
+    reader: Reader | None = None
 
     def __post_init__(self) -> None:
         if not self.services or not 1 <= self.batch <= 10_000 or self.retries < 0 or self.park_limit < 1:
@@ -160,7 +162,7 @@ class ConsumerRunner:
         self.consumer = group_of(service, subscription.name)
         self.topics = tuple(topics) if topics is not None else tuple(map(topic_of, subscription.services))
         self.member, self.session_seconds, self.security = member, session_seconds, dict(security or {})
-        self._reader = Reader(subscription.effect.types)
+        self._reader = subscription.reader or Reader(subscription.effect.types)
         self._anywhere = subscription.start != "beginning"
         self._replay = Replay(pool, self.consumer, subscription.effect, self._reader, self._anywhere)
         # One thread parses the next batch while the other waits for the database.

@@ -27,6 +27,8 @@ class GenerationalModel:
     version: int
     tables: tuple[LiteralString, ...]
     types: tuple[type[Event], ...] | None
+    # It looks at envelopes and raw data only: nothing is decoded, and an event that this release does not know counts too.
+    envelopes_only: bool = False
 
     def __init__(self, generation: int, timezone: ZoneInfo = TIMEZONE) -> None:
         self.generation, self.timezone = generation, timezone

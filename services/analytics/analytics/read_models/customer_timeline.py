@@ -28,6 +28,7 @@ class CustomerTimeline(GenerationalModel):
     version = 1
     tables = ("customer_timeline",)
     types: tuple[type[Event], ...] | None = None
+    envelopes_only = True
 
     def apply(self, connection: Connection, events: Sequence[Recorded]) -> None:
         rows = [

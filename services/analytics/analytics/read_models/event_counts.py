@@ -19,6 +19,7 @@ class EventCounts(GenerationalModel):
     version = 1
     tables = ("event_counts",)
     types: tuple[type[Event], ...] | None = None
+    envelopes_only = True
 
     def apply(self, connection: Connection, events: Sequence[Recorded]) -> None:
         counts = Counter((e.producer, e.type, e.time.astimezone(self.timezone).date()) for e in events)

@@ -12,9 +12,10 @@ from analytics.settings import Settings
 from analytics.streams.agents import CountLive, register
 from analytics.subscriptions import LIVE_COUNTERS, TOPICS
 from kehu.clock import Clock
+from kehu.kafka.envelopes import EnvelopeReader
 from kehu.kafka.tail import Ends
 from kehu.postgres import TRANSIENT, Pool
-from kehu.streams import EnvelopeReader, Guard, StreamWorker, create_app
+from kehu.streams import Guard, StreamWorker, create_app
 
 log = logging.getLogger(__name__)
 
