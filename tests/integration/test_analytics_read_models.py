@@ -338,7 +338,8 @@ async def test_a_rebuild_under_load_takes_over_without_a_gap(
     switched = asyncio.Event()
 
     async def load() -> None:
-        """A good part at once, then in small portions until the switch, then the rest."""
+        """A good part at once, then one small portion after the other, each when the last is counted, and after the switch
+        the rest."""
         queues = zip(topics, made.topics.values(), strict=True)
         left = {topic: [Message(key.encode(), value) for key, value in values] for topic, values in queues}
         size = 2500
@@ -347,6 +348,8 @@ async def test_a_rebuild_under_load_takes_over_without_a_gap(
                 await publish(kafka_bootstrap, topic, messages[:size], 12)
                 left[topic] = messages[size:]
             assert all(left.values()) or switched.is_set(), "nothing is left to come in during the switch"
+            sent = len(made) - sum(map(len, left.values()))
+            await until(lambda: look() >= sent, "what came in is counted", 60)  # noqa: B023 - waited for in the loop
             size = 10_000 if switched.is_set() else 5
 
     def report(step: Step) -> None:
