@@ -7,16 +7,12 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-from fastapi import FastAPI
+from typing import TYPE_CHECKING
 
 from kehu.clock import Clock
 from kehu.commands import CommandHandler
 from kehu.eventstore import EventStore
 from kehu.follower import Listener, Notifier
-from kehu.gate import CommandGate
-from kehu.http import create_app, serve
-from kehu.kafka.relay import Relay
 from kehu.kafka.topics import topic_of
 from kehu.migrations import create_database, of_service
 from kehu.migrations import migrate as apply_migrations
@@ -24,11 +20,13 @@ from kehu.postgres import Pool, open_pool
 from kehu.privacy import PostgresKeyring
 from kehu.read_models import Projector
 from kehu.runtime import Service, current_role
-from lead_intake.api.bulk import BulkLane, Files
-from lead_intake.api.routes import Desk, router
 from lead_intake.handlers import handlers
 from lead_intake.read_models.leads import Leads
 from lead_intake.settings import LeadIntakeSettings
+
+# What only one role needs is imported there: the other processes start sooner and are smaller.
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 # How long a thread that writes a batch may keep the interpreter's lock while the event loop waits for it, in seconds. With
 # Python's 5 ms a single capture beside an import takes twice as long.
@@ -53,15 +51,17 @@ def parts(settings: LeadIntakeSettings) -> Iterator[Parts]:
     assert settings.master_key is not None and settings.hash_key is not None, "the settings made sure"
     clock = settings.clock()
     pool = open_pool(settings.database_url, "lead-intake", settings.pool_size)
+    keys = open_pool(settings.database_url, "lead-intake-keys", 2)  # asked while a connection of the other pool is held
     notifier = Notifier(pool)
     try:
         store = EventStore(pool, "lead-intake")
-        keyring = PostgresKeyring(pool, settings.master_key)
+        keyring = PostgresKeyring(keys, settings.master_key)
         table = handlers(store, keyring, settings.hash_key, clock)
         handler = CommandHandler(store, table, clock, keyring, notifier.ring)
         yield Parts(settings, clock, pool, store, keyring, handler)
     finally:
         notifier.stop()
+        keys.close()
         pool.close()
 
 
@@ -72,6 +72,8 @@ def migrate(settings: LeadIntakeSettings) -> None:
 
 async def api(settings: LeadIntakeSettings) -> None:
     """The HTTP API."""
+    from kehu.http import serve
+
     sys.setswitchinterval(SWITCH_SECONDS)
     with parts(settings) as made:
         await serve(app_of(made), settings)
@@ -79,6 +81,11 @@ async def api(settings: LeadIntakeSettings) -> None:
 
 def app_of(made: Parts) -> FastAPI:
     """The application over these parts."""
+    from kehu.gate import CommandGate
+    from kehu.http import create_app
+    from lead_intake.api.bulk import BulkLane, Files
+    from lead_intake.api.routes import Desk, router
+
     role = current_role()
 
     async def postgres() -> None:
@@ -102,6 +109,8 @@ def app_of(made: Parts) -> FastAPI:
 
 async def relay(settings: LeadIntakeSettings) -> None:
     """The log → Kafka."""
+    from kehu.kafka.relay import Relay
+
     with parts(settings) as made:
         await Relay(made.pool, made.store, settings.kafka_bootstrap, topic_of("lead-intake"), clock=made.clock).run()
 
@@ -119,7 +128,7 @@ def rebuild(settings: LeadIntakeSettings) -> None:
         Projector(made.store, Leads()).rebuild()
 
 
-service = Service(
+SERVICE = Service(
     "lead-intake",
     LeadIntakeSettings,
     {"migrate": migrate, "api": api, "relay": relay, "projector": projector, "rebuild": rebuild},

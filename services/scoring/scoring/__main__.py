@@ -1,7 +1,7 @@
 """`python -m scoring ROLE [ROLE...]`."""
 
 from kehu.runtime import main
-from scoring.bootstrap import service
+from scoring.bootstrap import SERVICE
 
 if __name__ == "__main__":
-    main(service)
+    main(SERVICE)

@@ -6,19 +6,13 @@ import asyncio
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-from fastapi import FastAPI
+from typing import TYPE_CHECKING
 
 from kehu.clock import Clock
 from kehu.commands import CommandHandler, Context, Request
 from kehu.eventstore import EventStore
 from kehu.follower import Listener, Notifier
-from kehu.gate import CommandGate
-from kehu.http import create_app, serve
 from kehu.ids import derived
-from kehu.kafka.consumer import ConsumerRunner
-from kehu.kafka.heard import HeardClock
-from kehu.kafka.relay import Relay
 from kehu.kafka.topics import group_of, topic_of
 from kehu.migrations import create_database, of_service
 from kehu.migrations import migrate as apply_migrations
@@ -27,8 +21,6 @@ from kehu.privacy import NoKeys
 from kehu.read_models import Projector
 from kehu.runtime import Service, current_role
 from kehu.timers import Timer, TimerRunner
-from scoring import subscriptions
-from scoring.api.routes import router
 from scoring.domain.default_model import DEFAULT_MODEL
 from scoring.domain.scoring_model import PublishModel
 from scoring.handlers import Reconsider, handlers
@@ -37,6 +29,10 @@ from scoring.processes.rescoring import Rescoring
 from scoring.read_models.published_models import Books
 from scoring.read_models.scores import Scores
 from scoring.settings import ScoringSettings
+
+# What only one role needs is imported there: the other processes start sooner and are smaller.
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 
 @dataclass(frozen=True)
@@ -79,12 +75,18 @@ def migrate(settings: ScoringSettings) -> None:
 
 async def api(settings: ScoringSettings) -> None:
     """The HTTP API."""
+    from kehu.http import serve
+
     with parts(settings) as made:
         await serve(app_of(made), settings)
 
 
 def app_of(made: Parts) -> FastAPI:
     """The application over these parts."""
+    from kehu.gate import CommandGate
+    from kehu.http import create_app
+    from scoring.api.routes import router
+
     role = current_role()
 
     async def postgres() -> None:
@@ -105,6 +107,8 @@ def app_of(made: Parts) -> FastAPI:
 
 async def relay(settings: ScoringSettings) -> None:
     """The log → Kafka."""
+    from kehu.kafka.relay import Relay
+
     with parts(settings) as made:
         await Relay(made.pool, made.store, settings.kafka_bootstrap, topic_of("scoring"), clock=made.clock).run()
 
@@ -118,6 +122,9 @@ async def projector(settings: ScoringSettings) -> None:
 
 async def consumer(settings: ScoringSettings) -> None:
     """Leads and behaviours → scores."""
+    from kehu.kafka.consumer import ConsumerRunner
+    from scoring import subscriptions
+
     with parts(settings) as made:
         subscription = subscriptions.scores(made.handler)
         await ConsumerRunner(made.pool, settings.kafka_bootstrap, "scoring", subscription).run()
@@ -125,6 +132,9 @@ async def consumer(settings: ScoringSettings) -> None:
 
 async def timer(settings: ScoringSettings) -> None:
     """What goes on over time: scores that fade, and leads under a new model."""
+    from kehu.kafka.heard import HeardClock
+    from scoring import subscriptions
+
     with parts(settings) as made:
         subscription = subscriptions.scores(made.handler)
         heard = HeardClock(
@@ -160,7 +170,7 @@ def rebuild(settings: ScoringSettings) -> None:
         Projector(made.store, Scores()).rebuild()
 
 
-service = Service(
+SERVICE = Service(
     "scoring",
     ScoringSettings,
     {

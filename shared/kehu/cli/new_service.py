@@ -219,16 +219,12 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from $snake.api.routes import router
 from $snake.handlers import HANDLERS
 from $snake.settings import ${camel}Settings
 from kehu.clock import Clock
 from kehu.commands import CommandHandler
 from kehu.eventstore import EventStore
 from kehu.follower import Notifier
-from kehu.gate import CommandGate
-from kehu.http import create_app, serve
-from kehu.kafka.relay import Relay
 from kehu.kafka.topics import topic_of
 from kehu.migrations import create_database, of_service
 from kehu.migrations import migrate as apply_migrations
@@ -268,6 +264,10 @@ def migrate(settings: ${camel}Settings) -> None:
 
 async def api(settings: ${camel}Settings) -> None:
     """The HTTP API."""
+    from $snake.api.routes import router
+    from kehu.gate import CommandGate
+    from kehu.http import create_app, serve
+
     with parts(settings) as made:
         role = current_role()
         app = create_app(
@@ -284,6 +284,8 @@ async def api(settings: ${camel}Settings) -> None:
 
 async def relay(settings: ${camel}Settings) -> None:
     """The log → Kafka."""
+    from kehu.kafka.relay import Relay
+
     with parts(settings) as made:
         await Relay(made.pool, made.store, settings.kafka_bootstrap, topic_of("$kebab"), clock=made.clock).run()
 
