@@ -11,7 +11,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -36,10 +36,11 @@ from kehu.kafka.guard import (
     open_streams,
     presume,
 )
+from kehu.kafka.parts import together
 from kehu.kafka.replay import Replay
-from kehu.kafka.topics import group_of, topic_of
+from kehu.kafka.topics import group_of, partition_count, topic_of
 from kehu.observability import spans
-from kehu.postgres import TRANSIENT, Pool
+from kehu.postgres import TRANSIENT, Connection, Pool
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -171,6 +172,7 @@ class ConsumerRunner:
         # Next offset of each partition that is ours, as stored. Empty while a rebalance goes on.
         self.positions: dict[Place, int] = {}
         self._open: dict[str, Open] = {}
+        self._parked = 0
         self._assigned: set[Place] = set()
         self._assignment = 0
         self._take_over = False
@@ -189,6 +191,7 @@ class ConsumerRunner:
 
         Raises:
             SubscriptionStopped: by its own rule; a person must act.
+            TopicMismatch: a topic does not exist.
         """
         pause = _FIRST_PAUSE
         try:
@@ -207,6 +210,8 @@ class ConsumerRunner:
             self._executor.shutdown(wait=False)
 
     async def _consume(self) -> None:
+        for topic in self.topics:
+            await partition_count(self.bootstrap, topic, self.security)
         session = int(self.session_seconds * 1000)
         self._kafka = AIOKafkaConsumer(
             bootstrap_servers=self.bootstrap,
@@ -229,7 +234,7 @@ class ConsumerRunner:
         try:
             await self._kafka.start()
             self._kafka.subscribe(list(self.topics), listener=_Listener(self))
-            await _together(self._fetch(), self._handle(), self._commit_for_tools())
+            await together(self._fetch(), self._handle(), self._commit_for_tools())
         finally:
             with contextlib.suppress(KafkaError, TimeoutError, OSError):
                 async with asyncio.timeout(5.0):
@@ -343,7 +348,7 @@ class ConsumerRunner:
                 " JOIN unnest(%s::text[], %s::int[]) AS owned (topic, partition) USING (topic, partition) WHERE consumer = %s",
                 (*arrays, self.consumer),
             ).fetchall()
-            self._open = open_streams(connection, self.consumer, places)
+            self._look_at_parked(connection, places)
         for topic, partition, offset in rows:
             if offset > edges[Place(topic, partition)][1]:
                 raise SubscriptionStopped(
@@ -536,15 +541,15 @@ class ConsumerRunner:
                 f"{self.consumer} stops at {first.item.place.topic}/{first.item.place.partition} offset {first.item.offset},"
                 f" {first.item.stream or 'unreadable'}@{first.item.version}: {first.error}"
             )
-        waiting = sum(one.count for one in self._open.values())
-        if waiting + len(parking) > self.subscription.park_limit:
+        if self._parked + len(parking) > self.subscription.park_limit:
             raise SubscriptionStopped(
-                f"{self.consumer} stops: {waiting} events are parked and the limit is {self.subscription.park_limit}. The newest"
+                f"{self.consumer} stops: {self._parked} events are parked and the limit is {self.subscription.park_limit}. The newest"
                 f" error: {parking[0].error}. Repair the effect, then replay (kehu parked replay)"
             )
 
     def _now_parked(self, parking: Parking) -> None:
         item, version = parking.item, parking.item.version or 0
+        self._parked += 1
         metrics.CONSUMER_PARKED.labels(self.consumer, parking.status).inc()
         if parking.status == "waiting":
             log.error(
@@ -568,14 +573,18 @@ class ConsumerRunner:
         """Do what is due for parked events of our partitions, and count what is parked."""
         self._replay.turn(self.positions)
         with self.pool.connection() as connection:
-            self._open = open_streams(connection, self.consumer, sorted(self.positions))
-            counts: dict[str, int] = dict(
-                connection.execute(
-                    "SELECT status, count(*) FROM parked_events WHERE consumer = %s AND status IN ('waiting', 'behind')"
-                    " GROUP BY status",
-                    (self.consumer,),
-                ).fetchall()
-            )
+            self._look_at_parked(connection, sorted(self.positions))
+
+    def _look_at_parked(self, connection: Connection, places: Sequence[Place]) -> None:
+        self._open = open_streams(connection, self.consumer, places)
+        counts: dict[str, int] = dict(
+            connection.execute(
+                "SELECT status, count(*) FROM parked_events WHERE consumer = %s AND status IN ('waiting', 'behind')"
+                " GROUP BY status",
+                (self.consumer,),
+            ).fetchall()
+        )
+        self._parked = sum(counts.values())
         for status in ("waiting", "behind"):
             metrics.CONSUMER_PARKED.labels(self.consumer, status).set(counts.get(status, 0))
 
@@ -610,16 +619,3 @@ class ConsumerRunner:
         offsets = {tp: offset for tp, offset in offsets.items() if tp in assigned}
         if offsets:
             await self._kafka.commit(offsets)
-
-
-async def _together(*parts: Coroutine[Any, Any, None]) -> None:
-    """Run parts that never end by themselves, until one fails or all are cancelled."""
-    tasks = [asyncio.create_task(part, name=getattr(part, "__qualname__", "part")) for part in parts]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -41,6 +41,7 @@ from kehu.eventstore import Cursor, EventStore, LogRow
 from kehu.follower import Listener
 from kehu.kafka import metrics
 from kehu.kafka.lease import Lease, LeaseLost
+from kehu.kafka.parts import together
 from kehu.kafka.topics import MAX_MESSAGE_BYTES, partition_count, partition_of
 from kehu.observability import spans, tracing
 from kehu.postgres import TRANSIENT, Pool
@@ -211,7 +212,7 @@ class Relay:
             metrics.RELAY_LEADER.labels(self.topic).set(1)
             log.info("publishing", extra={"topic": self.topic, "cursor": str(start), "epoch": lease.epoch})
             async with Listener(self._url, self.poll) as listener:
-                await self._both(self._publish(producer, lease, listener, start), self._renew(lease))
+                await together(self._publish(producer, lease, listener, start), self._renew(lease), self._measure())
         finally:
             metrics.RELAY_LEADER.labels(self.topic).set(0)
             await asyncio.shield(_discard(producer))
@@ -220,20 +221,6 @@ class Relay:
                     async with asyncio.timeout(2.0):
                         await lease.renew(self.acknowledged)
             self.acknowledged = None
-
-    @staticmethod
-    async def _both(publish: Any, renew: Any) -> None:
-        """Run the two until one of them fails, then end the other."""
-        tasks = [asyncio.create_task(publish, name="relay-publish"), asyncio.create_task(renew, name="relay-renew")]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in tasks:
-                if task.done():
-                    task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     # Publishing ------------------------------------------------------------------------------------------------------
 
@@ -352,17 +339,27 @@ class Relay:
             ) from error
 
     async def _renew(self, lease: Lease) -> None:
-        """Renew the lease, save the acknowledged cursor, and tell how much waits, five times in the length of a lease."""
-        turns = 0
+        """Renew the lease and save the acknowledged cursor, five times in the length of a lease."""
         while True:
             assert self.acknowledged is not None
             await lease.renew(self.acknowledged)
-            if turns % 2 == 0:
-                await asyncio.to_thread(self._measure, self.acknowledged)
-            turns += 1
             await asyncio.sleep(lease.seconds / 5)
 
-    def _measure(self, cursor: Cursor) -> None:
+    async def _measure(self) -> None:
+        """Tell how much waits, every two seconds. Apart from the lease, which must not wait for it."""
+        while True:
+            assert self.acknowledged is not None
+            try:
+                waiting, age = await asyncio.to_thread(self._outbox, self.acknowledged)
+            except TRANSIENT as error:
+                log.info("the outbox was not measured", extra={"topic": self.topic, "error": type(error).__name__})
+            else:
+                metrics.RELAY_OUTBOX.labels(self.topic).set(waiting)
+                metrics.RELAY_OLDEST.labels(self.topic).set(age)
+            await asyncio.sleep(2.0)
+
+    def _outbox(self, cursor: Cursor) -> tuple[int, float]:
+        """How many events Kafka has not acknowledged, and how old the oldest of them is, in seconds."""
         after = (str(cursor.txid), cursor.position)
         with self.pool.connection() as connection:
             row = connection.execute(
@@ -379,8 +376,7 @@ class Relay:
                 after,
             ).fetchone()
         age = (self.clock.now() - Recorded.from_bytes(first[0]).recorded).total_seconds() if first else 0.0
-        metrics.RELAY_OUTBOX.labels(self.topic).set(waiting)
-        metrics.RELAY_OLDEST.labels(self.topic).set(max(0.0, age))
+        return waiting, max(0.0, age)
 
     # Resuming --------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ the progress of the partition unchanged, so that a process that lost the partiti
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,11 @@ _RECORD = 'SELECT id, topic, partition, "offset", key, value, headers FROM parke
 _STREAM = """
 SELECT id, topic, partition, "offset", key, value, headers FROM parked_events
 WHERE consumer = %s AND stream = %s AND status IN ('waiting', 'behind') ORDER BY version, id LIMIT %s
+"""
+# What became of parked events is kept for a while, for people who ask.
+_FORGET = """
+DELETE FROM parked_events
+WHERE consumer = %s AND status IN ('resolved', 'dropped') AND resolved_at < now() - interval '90 days'
 """
 # Requests carried out in one turn, and parked events tried in one transaction.
 _TURN, _BATCH = 50, 500
@@ -78,6 +84,7 @@ class Replay:
 
     def __init__(self, pool: Pool, consumer: str, effect: Effect, reader: Reader, anywhere: bool) -> None:
         self.pool, self.consumer, self.effect, self.reader, self.anywhere = pool, consumer, effect, reader, anywhere
+        self._forget_at = 0.0
 
     def turn(self, positions: Mapping[Place, int]) -> int:
         """Do what is due for the partitions that are ours, and give the number of things done: requests of people, and
@@ -95,6 +102,10 @@ class Replay:
         ]
         for stream, place in healed:
             self._resume(stream, place, positions)
+        if time.monotonic() >= self._forget_at:
+            self._forget_at = time.monotonic() + 3600
+            with self.pool.connection() as connection:
+                connection.execute(_FORGET, (self.consumer,))
         return len(asked) + len(healed)
 
     def _carry_out(self, asked: Asked, positions: Mapping[Place, int]) -> None:
