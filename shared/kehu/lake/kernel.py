@@ -208,12 +208,8 @@ def ordered_histories(
                 if not (broken_by >> r) & 1:
                     continue
                 for k in range(exclude_from[r], exclude_to[r]):
-                    if start[k] == UNSET:
-                        continue
-                    if t - start[k] <= window:
+                    if start[k] != UNSET and t - start[k] <= window:
                         start[k] = UNSET
-                    elif k == best:
-                        settled = True
             for index in range(steps):
                 k = steps - index if later else index + 1
                 if not (reached >> (k - 1)) & 1:
@@ -416,7 +412,7 @@ def unordered_histories(
             before = kept
             while i < end and time[i] == t:
                 if mask[i]:
-                    kept = _keep(recent, kept, i, mask, steps)
+                    kept = _keep(recent, kept, i, mask, steps, first_only)
                     before = -1
                 i += 1
             if before >= 0:
@@ -426,8 +422,9 @@ def unordered_histories(
             latest = opening if first_only else t
             owner[:] = -1
             matched = 0
-            for index in range(kept - 1, -1, -1):
-                row = recent[index]
+            for turn in range(kept):
+                # From the latest back, for the latest start; a window that is fixed is taken from its first event on.
+                row = recent[turn if first_only else kept - 1 - turn]
                 if t - time[row] > window:
                     break
                 if not _augment(row, mask, owner, parent, queue, steps):
@@ -445,8 +442,8 @@ def unordered_histories(
 
 
 @compiled
-def _keep(recent: Ints, kept: int, row: int, mask: Ints, steps: int) -> int:
-    """Add a row to the recent ones, in place of the oldest of its kind when there are as many as it has steps."""
+def _keep(recent: Ints, kept: int, row: int, mask: Ints, steps: int, first_only: bool) -> int:
+    """Add a row to the recent ones. When there are as many of its kind as it has steps, the oldest goes, or itself."""
     m = mask[row]
     room = 0
     for k in range(steps):
@@ -458,6 +455,8 @@ def _keep(recent: Ints, kept: int, row: int, mask: Ints, steps: int) -> int:
             oldest = index
             if room == 0:
                 break
+    if room == 0 and first_only:
+        return kept
     if room == 0:
         for index in range(oldest, kept - 1):
             recent[index] = recent[index + 1]

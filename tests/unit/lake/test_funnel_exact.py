@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import chdb
 import duckdb
@@ -21,6 +22,7 @@ from kehu.lake.kernel import (
     CONVERTED,
     DROPPED,
     EXCLUDED,
+    GAP,
     NONE,
     PENDING,
     START,
@@ -256,29 +258,86 @@ def test_the_breakdown_is_that_of_the_chain_that_counts(
         ties="step_order" if plain else ties,
         optional=frozenset() if plain else frozenset(k for k in optional if 1 < k < len(steps)),
         exclude=exclude,
-        breakdown="customer",
-        attribution=attribution,
     )
+    wanted = values_wanted(expected(units, spec, 0), spec, attribution)
+    assert values_of(units, spec, attribution) == wanted
+
+
+def crowd(random: np.random.Generator, kinds: str, count: int, longest: int, span: int) -> list[list[tuple[int, str]]]:
+    """Histories that are long enough for every rule to matter, more than a search for counterexamples begins with."""
+    return [
+        [(int(random.integers(0, span)), str(random.choice(list(kinds)))) for _ in range(random.integers(1, longest))]
+        for _ in range(count)
+    ]
+
+
+CROWDS: dict[str, dict[str, Any]] = {
+    "ordered": {},
+    "later": {"ties": "strictly_later"},
+    "first": {"entry": "first"},
+    "optional": {"optional": {2}},
+    "exclude first": {"exclude": (Exclusion(types="x", after=1, before=2),)},
+    "exclude second": {"exclude": (Exclusion(types="x", after=2, before=3),)},
+    "exclude all": {"exclude": (Exclusion(types="x", after=1, before=3), Exclusion(types="d", after=2, before=3))},
+    "exclude, optional": {"exclude": (Exclusion(types="x", after=1, before=3),), "optional": {2}},
+    "strict": {"order": "strict"},
+    "strict, later": {"order": "strict", "ties": "strictly_later"},
+    "strict, later, first": {"order": "strict", "ties": "strictly_later", "entry": "first"},
+    "strict, optional": {"order": "strict", "optional": {2}},
+    "unordered": {"order": "unordered"},
+    "unordered, first": {"order": "unordered", "entry": "first"},
+}
+
+
+@pytest.mark.req("AN-01")
+@pytest.mark.parametrize("kinds", [("a", "b", "c"), ("a", "ab", "bc"), ("a", "b", "ac")], ids="-".join)
+@pytest.mark.parametrize("more", CROWDS.values(), ids=CROWDS)
+def test_crowds_are_exact(more: dict[str, Any], kinds: tuple[str, ...]) -> None:
+    random = np.random.default_rng(len(str(more)))
+    steps = [frozenset(kind) for kind in kinds]
+    unordered = more.get("order") == "unordered"
+    outcomes = set()
+    for window in (2, 5, 9):
+        spec = spec_of(steps, window, **more)
+        units = crowd(random, "abcx" if unordered else "aabbcdx", 300, 6 if unordered else 9, 16)
+        got, wanted = counted(units, spec, 14), expected(units, spec, 14)
+        assert facts(got) == facts(wanted)
+        if spec.order == "ordered" and not (spec.exclude or spec.optional):
+            assert folded(units, spec) == [(v.level, v.took, v.gap) for v in wanted]
+        outcomes |= {v.outcome for v in wanted}
+        for attribution in ("first", "last") if unordered else ("first", "last", "step:2", "all"):
+            assert values_of(units, spec, attribution) == values_wanted(wanted, spec, attribution)
+    if kinds == ("a", "b", "c"):  # else one event may take a chain past a step where it could end
+        assert outcomes == {"none", "converted", "pending", "dropped", *(["excluded"] if "exclude" in more else [])}
+
+
+def values_of(units: list[list[tuple[int, str]]], spec: FunnelSpec, attribution: str) -> dict[str, set[int]]:
+    """The values of the breakdown by unit, where the value of an event is its time."""
+    spec = spec.model_copy(update={"breakdown": "customer", "attribution": attribution})
     result = count(rows_of(units, spec), spec, 0)
     assert result.split is not None
     found: dict[str, set[int]] = {}
     for name, value in zip(result.names(result.split.unit), result.split.value, strict=True):
         found.setdefault(name, set()).add(int(result.split.values[value] or -1))
+    return found
+
+
+def values_wanted(verdicts: list[Verdict], spec: FunnelSpec, attribution: str) -> dict[str, set[int]]:
+    """The same from the paths of the oracle."""
     wanted = {}
-    for index, verdict in enumerate(expected(units, spec, 0)):
-        k = spec.attributed_step()
+    for index, verdict in enumerate(verdicts):
         chosen = {
             "first": {min(verdict.path, default=0)},
             "last": {max(verdict.path, default=0)},
             "all": set(verdict.path),
-        }.get(attribution, {k})
+        }.get(attribution, {int(attribution[-1]) if attribution.startswith("step:") else 0})
         times = {verdict.path[step] for step in chosen if step in verdict.path}
         if times:
             wanted[f"u{index}"] = times
-    assert found == wanted
+    return wanted
 
 
-def folded(units: list[list[tuple[int, str]]], spec: FunnelSpec) -> list[tuple[int, dict[int, int]]]:
+def folded(units: list[list[tuple[int, str]]], spec: FunnelSpec) -> list[tuple[int, dict[int, int], dict[int, int]]]:
     """The plain kernel, with the rows cut into two files at a point in time as months are."""
     steps = len(spec.steps)
     masks = np.array([sum(1 << k for k, s in enumerate(spec.steps) if kind in s.types) for kind in KINDS], np.int64)
@@ -300,8 +359,12 @@ def folded(units: list[list[tuple[int, str]]], spec: FunnelSpec) -> list[tuple[i
             spec.window // timedelta(microseconds=1), steps, spec.entry == "first", spec.ties == "strictly_later",
             state.reshape(-1), np.empty(len(unit) + 1, np.int32),
         )  # fmt: skip
-    took = state[1:, TOOK, 1:]
-    return [(int((row >= 0).sum()), {k: int(v) for k, v in enumerate(row, 1) if v >= 0}) for row in took]
+    verdicts = []
+    for took, gap in zip(state[1:, TOOK, 1:], state[1:, GAP, 1:], strict=True):
+        reached = [k for k in range(1, steps + 1) if took[k - 1] >= 0]
+        times, gaps = ({k: int(values[k - 1]) for k in reached} for values in (took, gap))
+        verdicts.append((len(reached), times, gaps))
+    return verdicts
 
 
 def queried(units: list[list[tuple[int, str]]], spec: FunnelSpec) -> list[int]:
@@ -330,7 +393,7 @@ def test_the_plain_kernel_and_sql_are_exact(
 ) -> None:
     spec = spec_of(steps, window, entry=entry, ties=ties)
     wanted = expected(units, spec, 0)
-    assert folded(units, spec) == [(v.level, v.took) for v in wanted]
+    assert folded(units, spec) == [(v.level, v.took, v.gap) for v in wanted]
     assert queried(units, spec) == [sum(k in v.took for v in wanted) for k in range(1, len(steps) + 1)]
 
 
@@ -367,7 +430,7 @@ def test_the_default_is_clickhouse_s(seed: int) -> None:
     levels = [v.level for v in counted(units, spec, 0)]
     assert levels == clickhouse(units, spec)
     assert {0, len(steps)} <= set(levels)
-    assert [level for level, _ in folded(units, spec)] == levels
+    assert [level for level, _, _ in folded(units, spec)] == levels
 
 
 @pytest.mark.req("AN-01")
