@@ -34,7 +34,7 @@ lint: setup  ## Style and common mistakes
 	@$(RUN) ruff check . && $(RUN) ruff format --check .
 
 types: setup  ## Strict types
-	@$(RUN) mypy shared/kehu $(wildcard services/*/[a-z]*_[a-z]* services/scoring/scoring services/analytics/analytics)
+	@$(RUN) mypy shared/kehu $(foreach s,$(wildcard services/*),$(s)/$(subst -,_,$(notdir $(s)))) bench
 
 arch: setup  ## Who may import whom
 	@$(RUN) lint-imports
