@@ -17,7 +17,7 @@ from kehu.lake.stats import wilson
 if TYPE_CHECKING:
     from kehu.lake.funnel import FunnelResult
 
-BLUE, SKY, ORANGE, GREEN, GREY = "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#7F7F7F"
+BLUE, SKY, ORANGE, LIGHT, INK = "#0072B2", "#56B4E9", "#D55E00", "#C9CDD2", "#222222"
 WIDTH = 560  # pixels, of every chart
 MAX_ROWS = 20_000  # marks in one chart
 
@@ -25,28 +25,37 @@ Row = Mapping[str, Any]
 
 
 def funnel_chart(result: FunnelResult) -> alt.LayerChart:
-    """A bar for each step: the units that reached it, and the share of those that entered."""
-    rows = [
+    """A bar for each step: the units that reached it, split into those that went on, that may still, and that did not."""
+    states = {"went on": BLUE, "may still go on": SKY, "dropped": LIGHT}
+    parts = [
+        {"step": step.name, "state": state, "units": units, "order": order}
+        for step in result.steps
+        for order, (state, units) in enumerate(zip(states, (step.converted, step.pending, step.dropped), strict=True))
+        if units
+    ]
+    totals = [
         {
             "step": step.name,
             "reached": step.reached,
             "label": f"{step.reached:,}" + ("" if step.rate is None else f"  ({step.rate:.1%})"),
-            "pending": step.pending,
         }
         for step in result.steps
     ]
-    order = [step.name for step in result.steps]
-    base = alt.Chart(_data(rows)).encode(
-        y=alt.Y("step:N", sort=order, title=None, axis=alt.Axis(labelLimit=220)),
-        x=alt.X("reached:Q", title="units", axis=alt.Axis(format=",d", tickMinStep=1)),
+    y = alt.Y("step:N", sort=[step.name for step in result.steps], title=None, axis=alt.Axis(labelLimit=220))
+    color = alt.Color(
+        "state:N",
+        title=None,
+        scale=alt.Scale(domain=list(states), range=list(states.values())),
+        legend=alt.Legend(orient="bottom"),
     )
-    bars = base.mark_bar(color=BLUE)
-    waiting = alt.Chart(_data(rows)).mark_bar(color=SKY, height=4).encode(y=alt.Y("step:N", sort=order), x="pending:Q")
-    labels = base.mark_text(align="left", dx=4, color="#222222").encode(text="label:N")
-    layers: list[alt.Chart] = [bars, labels]
-    if any(step.pending for step in result.steps):
-        layers.insert(1, waiting)
-    return _layers(layers, 34 * len(rows))
+    axis = alt.Axis(format=",d", tickMinStep=1)
+    bars = alt.Chart(_data(parts)).mark_bar().encode(
+        y=y, x=alt.X("units:Q", title="units", axis=axis), color=color, order="order:Q"
+    )  # fmt: skip
+    labels = (
+        alt.Chart(_data(totals)).mark_text(align="left", dx=4, color=INK).encode(y=y, x="reached:Q", text="label:N")
+    )
+    return _layers([bars, labels], 34 * len(totals))
 
 
 def conversion_chart(result: FunnelResult, step: int | None = None) -> alt.LayerChart:
@@ -84,6 +93,7 @@ def conversion_chart(result: FunnelResult, step: int | None = None) -> alt.Layer
         "state:N",
         title=None,
         scale=alt.Scale(domain=["complete", "some windows still open"], range=[BLUE, "#FFFFFF"]),
+        legend=alt.Legend(orient="bottom"),
     )
     points = alt.Chart(_data(rows)).mark_point(size=60, stroke=BLUE, opacity=1).encode(x=x, y="rate:Q", fill=fill)
     return _layers([band, line, points], 240)
@@ -105,8 +115,8 @@ def band_chart(rows: Iterable[Row]) -> alt.LayerChart:
     x = alt.X("band:N", sort=order, title=None, axis=alt.Axis(labelAngle=0))
     base = alt.Chart(_data(shown)).encode(x=x)
     bars = base.mark_bar(color=BLUE).encode(y=alt.Y("rate:Q", title="conversion", axis=alt.Axis(format="%")))
-    spread = base.mark_rule(color="#222222").encode(y="low:Q", y2="high:Q")
-    labels = base.mark_text(dy=-6, color="#222222", baseline="bottom").encode(y="high:Q", text="label:N")
+    spread = base.mark_rule(color=INK).encode(y="low:Q", y2="high:Q")
+    labels = base.mark_text(dy=-6, color=INK, baseline="bottom").encode(y="high:Q", text="label:N")
     return _layers([bars, spread, labels], 240)
 
 
