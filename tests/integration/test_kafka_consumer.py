@@ -26,7 +26,7 @@ from kehu.eventstore import EventStore
 from kehu.kafka import metrics, parked
 from kehu.kafka.consumer import ConsumerRunner, Subscription, SubscriptionStopped
 from kehu.kafka.effects import Effect, Policy, Project
-from kehu.kafka.topics import Topic, ensure_topics
+from kehu.kafka.topics import Topic, TopicMismatch, ensure_topics
 from kehu.migrations import find, migrate
 from kehu.postgres import Connection, Pool, open_pool
 from kehu.privacy import KeysUnavailable
@@ -542,3 +542,29 @@ def test_bad_subscriptions_are_refused(model: Seen) -> None:
         Subscription("x", ("a",), Nothing(), batch=0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="services"):
         Subscription("x", (), Nothing())  # type: ignore[arg-type]
+
+
+async def test_lag_is_visible_while_it_is_blocked(pool: Pool, kafka_bootstrap: str, topic: str, model: Seen) -> None:
+    model.error, model.errors_left = KeysUnavailable("away"), 1_000_000
+    await publish(kafka_bootstrap, topic, streams(20, 2), PARTITIONS)
+    consumer = consumer_of(topic)
+
+    def lag() -> float:
+        lags = [metrics.CONSUMER_LAG.labels(consumer, topic, p)._value.get() for p in range(PARTITIONS)]
+        return float(sum(lags))
+
+    async with Running(pool, kafka_bootstrap, topic, Project(pool, model)):
+        await until(lambda: lag() == 40, "the lag is shown")
+        await until(lambda: metrics.CONSUMER_BLOCKED.labels(consumer)._value.get() == 1, "it is shown as blocked")
+        assert metrics.CONSUMER_OLDEST.labels(consumer)._child_samples()[0].value > 0
+        await publish(kafka_bootstrap, topic, streams(20, 1), PARTITIONS)
+        await until(lambda: lag() == 60, "the lag grows")
+        model.errors_left = 0
+        await until(lambda: lag() == 0, "it catches up", 25)
+        assert metrics.CONSUMER_OLDEST.labels(consumer)._child_samples()[0].value == 0
+
+
+async def test_a_missing_topic_is_refused(pool: Pool, kafka_bootstrap: str, model: Seen) -> None:
+    async with Running(pool, kafka_bootstrap, unique_name("nowhere"), Project(pool, model)) as running:
+        with pytest.raises(TopicMismatch, match="there is no topic nowhere_"):
+            await asyncio.wait_for(asyncio.shield(running.task), 20)

@@ -279,7 +279,6 @@ class ConsumerRunner:
                 if time.monotonic() >= self._serve_at:
                     self._serve_at = time.monotonic() + 1.0
                     if self.positions and not self._leaving.is_set():
-                        self._show()
                         await self._patiently(self._serve)
 
     # Partitions come and go ------------------------------------------------------------------------------------------
@@ -593,25 +592,28 @@ class ConsumerRunner:
     def _oldest_age(self) -> float:
         return max(0.0, time.time() - self._oldest) if self._oldest is not None else 0.0
 
-    def _show(self) -> None:
-        assigned = self._kafka.assignment()
-        for place, position in self.positions.items():
-            tp = TopicPartition(*place)
-            end = self._kafka.highwater(tp) if tp in assigned else None
-            if end is not None:
-                metrics.CONSUMER_LAG.labels(self.consumer, *place).set(max(0, end - position))
-
     async def _commit_for_tools(self) -> None:
-        """Tell Kafka our offsets once a second. Failing does no harm, since nobody reads them but tools."""
+        """Tell Kafka our offsets once a second, and Prometheus how far behind they are, also while a batch waits to be tried
+        again. Failing does no harm, since nobody acts on either but people and tools."""
         told: dict[Place, int] = {}
         while True:
             await asyncio.sleep(1.0)
-            if self.positions != told:
-                told = dict(self.positions)
-                try:
-                    await self._commit()
-                except (KafkaError, OSError) as error:
-                    log.debug("offsets were not told", extra={"consumer": self.consumer, "error": repr(error)})
+            positions = dict(self.positions)
+            try:
+                async with asyncio.timeout(10.0):
+                    if positions:
+                        await self._show(positions)
+                    if positions != told:
+                        told = positions
+                        await self._commit()
+            except (KafkaError, OSError) as error:
+                log.debug("offsets were not told", extra={"consumer": self.consumer, "error": repr(error)})
+
+    async def _show(self, positions: Mapping[Place, int]) -> None:
+        ends = await self._kafka.end_offsets([TopicPartition(*place) for place in positions])
+        for place, position in self.positions.items():
+            end = ends.get(TopicPartition(*place), position)
+            metrics.CONSUMER_LAG.labels(self.consumer, *place).set(max(0, end - position))
 
     async def _commit(self) -> None:
         assigned = self._kafka.assignment()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -135,22 +136,31 @@ async def _check(admin: Any, wanted: list[Topic]) -> None:
         pause = min(pause * 2, 0.5)
 
 
-async def partition_count(bootstrap: str, topic: str, security: Mapping[str, Any] | None = None) -> int:
+async def partition_count(
+    bootstrap: str, topic: str, security: Mapping[str, Any] | None = None, patience: float = 5.0
+) -> int:
     """How many partitions the topic has.
+
+    Args:
+        patience: seconds for which a missing topic is asked for again: a broker that has just started may not know its topics.
 
     Raises:
         TopicMismatch: there is no such topic.
         KafkaError: no broker answers.
     """
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap, client_id="kehu-topics", **(security or {}))
+    deadline = time.monotonic() + patience
     try:
         await admin.start()
-        (described,) = await admin.describe_topics([topic])
+        while True:
+            (described,) = await admin.describe_topics([topic])
+            if described["partitions"]:
+                return len(described["partitions"])
+            if time.monotonic() >= deadline:
+                raise TopicMismatch(f"there is no topic {topic}: make it with ensure_topics before the first start")
+            await asyncio.sleep(0.5)
     finally:
         await admin.close()
-    if not described["partitions"]:
-        raise TopicMismatch(f"there is no topic {topic}: make it with ensure_topics before the first start")
-    return len(described["partitions"])
 
 
 @lru_cache(maxsize=100_000)
