@@ -188,7 +188,7 @@ class Relay:
                     extra={"topic": self.topic, "error": f"{type(error).__name__}: {error}"[:300]},
                 )
             await asyncio.sleep(self._wait * random.uniform(0.5, 1.0))  # noqa: S311 jitter
-            self._wait = min(self._wait * 2, 5.0)
+            self._wait = min(self._wait * 2, 2.0)
 
     async def _lead(self, lease: Lease) -> None:
         """Publish while the lease holds. Ends only by an error or by being cancelled."""
