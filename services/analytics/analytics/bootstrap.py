@@ -49,7 +49,7 @@ def app_of(settings: Settings, pool: Pool, ends: Callable[[], Awaitable[Mapping[
     Args:
         ends: gives the end of each partition of the topics.
     """
-    from analytics.api.routes import Funnels, router
+    from analytics.api.routes import Funnels, parked_events, router
     from kehu.http import create_app
 
     assert settings.lake_path is not None
@@ -58,7 +58,7 @@ def app_of(settings: Settings, pool: Pool, ends: Callable[[], Awaitable[Mapping[
         settings,
         title="Kehu analytics",
         description="Funnels, counts, timelines and conversion, over all that was recorded.",
-        routers=[router],
+        routers=[router, parked_events],
         health=role.health if role else None,
         state={
             "settings": settings,

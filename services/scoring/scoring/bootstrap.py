@@ -85,7 +85,7 @@ def app_of(made: Parts) -> FastAPI:
     """The application over these parts."""
     from kehu.gate import CommandGate
     from kehu.http import create_app
-    from scoring.api.routes import router
+    from scoring.api.routes import parked_events, router
 
     role = current_role()
 
@@ -98,7 +98,7 @@ def app_of(made: Parts) -> FastAPI:
         made.settings,
         title="Kehu scoring",
         description="How ready is this lead, and why.",
-        routers=[router],
+        routers=[router, parked_events],
         gate=CommandGate(made.handler),
         health=role.health if role else None,
         state={"clock": made.clock, "pool": made.pool, "store": made.store, "books": made.books},

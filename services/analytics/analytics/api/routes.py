@@ -30,12 +30,15 @@ from analytics.subscriptions import LIVE_COUNTERS
 from kehu.clock import Clock
 from kehu.http import FieldError, Page, Problem, Role, Router, json_response, paging, requires
 from kehu.http.problems import invalid
+from kehu.kafka.admin import router as parked_events
 from kehu.kafka.guard import Place
 from kehu.kafka.topics import KafkaError, TopicMismatch
 from kehu.lake import FunnelSpec, Lake, LakeMissing
 from kehu.lake.questions import DEFAULT_STEPS, Entry, Order, Unit, funnel
 from kehu.lake.stats import wilson
 from kehu.postgres import Pool
+
+__all__ = ["Funnels", "parked_events", "router"]
 
 log = logging.getLogger(__name__)
 

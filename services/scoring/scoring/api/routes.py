@@ -30,6 +30,7 @@ from kehu.http import (
     paging,
     requires,
 )
+from kehu.kafka.admin import router as parked_events
 from kehu.postgres import Pool
 from scoring.api.schemas import (
     CurrentModelAnswer,
@@ -44,6 +45,8 @@ from scoring.api.schemas import (
 from scoring.domain.scoring_model import PublishModel, check
 from scoring.read_models import explanation, inputs, scores
 from scoring.read_models.published_models import published
+
+__all__ = ["parked_events", "router"]
 
 READERS = (Role.SALES, Role.SERVICE, Role.MARKETING, Role.MANAGER, Role.ANALYST, Role.ADMIN, Role.SYSTEM)
 _MOST_VERSIONS = 2**31 - 1
