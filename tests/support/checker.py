@@ -103,28 +103,35 @@ def judge(suite: Suite, acknowledged: Acknowledged | None = None) -> Report:
         acknowledged: what clients were told; None when nobody kept it.
     """
     evidence = Evidence.of(suite)
-    invariants: dict[str, Callable[[], Iterator[str]]] = {
-        "I1 stored once": lambda: stored_once(evidence, acknowledged or Acknowledged()),
+    checks = invariants(suite, evidence, acknowledged or Acknowledged())
+    violations = {name: list(islice(check(), MOST_TOLD)) for name, check in checks.items()}
+    repeats = {topic_of(s): len(records) - len(evidence.log[s]) for s, records in evidence.topic.items()}
+    return Report(violations, repeats, Counter(event.type for event in evidence.events))
+
+
+def invariants(suite: Suite, evidence: Evidence, acknowledged: Acknowledged) -> dict[str, Callable[[], Iterator[str]]]:
+    """What must hold, by name: each yields its violations when it is called."""
+    checks: dict[str, Callable[[], Iterator[str]]] = {
+        "I1 stored once": lambda: stored_once(evidence, acknowledged),
         "I2 I3 published in order": lambda: published(evidence),
         "I4 leads and customers": lambda: leads_and_customers(suite, evidence),
         "nothing is parked": lambda: nothing_parked(suite),
     }
     if "scoring" in suite.names:
-        invariants |= {
-            "I4 scores": lambda: judge_scores(suite, evidence.recorded["lead-intake"], evidence.recorded["scoring"]),
+        intake, scoring = evidence.recorded["lead-intake"], evidence.recorded["scoring"]
+        checks |= {
+            "I4 scores": lambda: judge_scores(suite, intake, scoring),
             "I4 list of scores": lambda: score_list(suite, evidence),
         }
     if "analytics" in suite.names:
-        invariants |= {
+        checks |= {
             "I4 event counts": lambda: event_counts(suite, evidence),
             "I4 live counters": lambda: live_counters(suite, evidence),
             "I4 timeline": lambda: timeline(suite, evidence),
             "I4 journey": lambda: journey(suite, evidence),
             "I4 lake": lambda: lake(suite, evidence),
         }
-    violations = {name: list(islice(check(), MOST_TOLD)) for name, check in invariants.items()}
-    repeats = {topic_of(s): len(records) - len(evidence.log[s]) for s, records in evidence.topic.items()}
-    return Report(violations, repeats, Counter(event.type for event in evidence.events))
+    return checks
 
 
 # I1 -------------------------------------------------------------------------------------------------------------------
@@ -179,7 +186,10 @@ def published(evidence: Evidence) -> Iterator[str]:
                 yield f"{topic_of(service)}/{record.partition}@{record.offset}: {found} is not what is stored"
                 continue
             headers = dict(record.headers)
-            if headers.get("content-type") != CONTENT_TYPE.encode() or headers.get("cursor") != str(row.cursor).encode():
+            if (
+                headers.get("content-type") != CONTENT_TYPE.encode()
+                or headers.get("cursor") != str(row.cursor).encode()
+            ):
                 yield f"{found} has the headers {headers}"
             if record.key != found.partition_key.encode() or record.partition != partition_of(record.key):
                 yield f"{found} is in partition {record.partition} under key {record.key!r}"
@@ -258,9 +268,7 @@ def event_counts(suite: Suite, evidence: Evidence) -> Iterator[str]:
 
 def live_counters(suite: Suite, evidence: Evidence) -> Iterator[str]:
     """Events by service, type, channel and day, as the stream worker counted them."""
-    expected = Counter(
-        (e.producer, e.type, e.data.get("channel") or "", _day(e.time)) for e in evidence.events
-    )
+    expected = Counter((e.producer, e.type, e.data.get("channel") or "", _day(e.time)) for e in evidence.events)
     rows = suite.rows(
         "analytics", "SELECT service, type, channel, bucket, events FROM live_counters WHERE span = 'day'"
     )
@@ -269,7 +277,9 @@ def live_counters(suite: Suite, evidence: Evidence) -> Iterator[str]:
 
 def timeline(suite: Suite, evidence: Evidence) -> Iterator[str]:
     """One entry for each event that names a customer."""
-    expected = {(e.stream, e.version): (e.customer_id, e.type, str(e.id), e.time) for e in evidence.events if e.customer_id}
+    expected = {
+        (e.stream, e.version): (e.customer_id, e.type, str(e.id), e.time) for e in evidence.events if e.customer_id
+    }
     rows = suite.rows(
         "analytics",
         "SELECT stream, version, customer_id::text, type, event_id::text, time FROM customer_timeline_v1",
@@ -287,7 +297,11 @@ def journey(suite: Suite, evidence: Evidence) -> Iterator[str]:
         lead = expected.setdefault(data["lead_id"], {})
         match event.type:
             case "lead.captured.v1":
-                lead |= {"captured_at": event.time, "channel": data["channel"], "month": _day(event.time).replace(day=1)}
+                lead |= {
+                    "captured_at": event.time,
+                    "channel": data["channel"],
+                    "month": _day(event.time).replace(day=1),
+                }
             case "lead.merged.v1":
                 lead |= {"merged_into": data["survivor_lead_id"]}
             case "lead.rejected.v1":
@@ -296,7 +310,16 @@ def journey(suite: Suite, evidence: Evidence) -> Iterator[str]:
                 lead |= {"qualified_at": event.time}
             case "lead_score.changed.v1" if data["cause"] not in BY_ITSELF:
                 lead |= {"score": data["score"], "scored_version": event.version}
-    columns = ("captured_at", "channel", "month", "merged_into", "rejected_at", "qualified_at", "score", "scored_version")
+    columns = (
+        "captured_at",
+        "channel",
+        "month",
+        "merged_into",
+        "rejected_at",
+        "qualified_at",
+        "score",
+        "scored_version",
+    )
     rows = suite.rows(
         "analytics",
         "SELECT lead_id::text, captured_at, channel, month, merged_into::text, rejected_at, qualified_at, score,"
@@ -342,7 +365,9 @@ def differences(name: str, expected: Mapping[Any, Any], found: Mapping[Any, Any]
             yield f"{name}: {key} is missing, expected {value}"
         elif found[key] != value:
             yield f"{name}: {key} is {found[key]}, expected {value}"
-    yield from (f"{name}: {key} is {value}, and nobody expects it" for key, value in found.items() if key not in expected)
+    yield from (
+        f"{name}: {key} is {value}, and nobody expects it" for key, value in found.items() if key not in expected
+    )
 
 
 def _day(at: datetime) -> date:

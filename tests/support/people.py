@@ -41,6 +41,8 @@ class People:
         return {**made, **more}
 
 
+# What somebody is like who fits best.
+FITTING: dict[str, Any] = {"industry": "软件", "title": "总经理", "facts": {"budget": 600_000, "employees": 800}}
 # Behaviours that together lift anybody who fits above 80 points.
 EAGER: tuple[dict[str, Any], ...] = (
     {"kind": "page_viewed", "object": "/pricing"},

@@ -168,9 +168,7 @@ class _Oracle:
             self.leads[lead_id] = _Scored(deque(groups))
         return self.leads[lead_id]
 
-    def _rescore(
-        self, lead: Lead, scored: _Scored, at: datetime, cause: Cause, events: tuple[UUID, ...]
-    ) -> Rescore:
+    def _rescore(self, lead: Lead, scored: _Scored, at: datetime, cause: Cause, events: tuple[UUID, ...]) -> Rescore:
         """By the model of the next recorded decision, else by the last one that decided."""
         version = getattr(scored.left[0][0].event, "model_version", 0) if scored.left else 0
         book = self.books.get(version) or (scored.last.evaluation.book if scored.last else self.books[max(self.books)])

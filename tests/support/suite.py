@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, LiteralString
+from typing import Any, LiteralString, TypeVar
 from uuid import uuid4
 
 import httpx
@@ -33,6 +34,7 @@ _ELSEWHERE = ("KEHU_POSTGRES_URL", "KEHU_KAFKA_BOOTSTRAP")
 ENVIRONMENT = {"KEHU_LAKE_FLUSH_SECONDS": "0.5", "KEHU_LAKE_FLUSH_EVENTS": "1000"}
 
 Offsets = dict[tuple[str, int], int]
+T = TypeVar("T")
 
 
 class Suite:
@@ -92,6 +94,19 @@ class Suite:
         )
         self._clients.append(made)
         return made
+
+    def define_channel(self, code: str, kind: str = "referral") -> None:
+        """Add a channel to the catalogue."""
+        with httpx.Client(base_url=self.supervisor.url("lead-intake"), timeout=60) as client:
+            headers = {"Authorization": f"Bearer {self.supervisor.token('admin')}"}
+            body = {"title": f"渠道 {code}", "kind": kind}
+            client.put(f"/channels/{code}", json=body, headers=headers).raise_for_status()
+
+    def restart(self) -> None:
+        """End every process in order (SIGTERM), all at the same time, and start them again."""
+        with ThreadPoolExecutor(len(self.supervisor.processes)) as threads:
+            list(threads.map(Process.restart, self.supervisor.processes))
+        self.supervisor.wait_ready(DEADLINE)
 
     @property
     def clock(self) -> DevelopmentClock:
@@ -236,7 +251,7 @@ class Suite:
         )
         return [f"{left} leads have a score of an older model"] if left else []
 
-    def _ask(self, question: Callable[[], Any]) -> Any:
+    def _ask(self, question: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return self._questions.run(question())
 
 

@@ -215,7 +215,7 @@ class Traffic:
         self._acknowledged = acknowledged
         people = People(seed)
         crowd = [people.lead() for _ in range(rows - rows // 10)]
-        crowd += [{**person, "email": None, "title": "总监"} for person in crowd[:: 9][: rows - len(crowd)]]
+        crowd += [{**person, "email": None, "title": "总监"} for person in crowd[::9][: rows - len(crowd)]]
         lines = [json.dumps(person, ensure_ascii=False).encode() for person in crowd]
         self.file = Import(suite, lines, hold_at=rows * 6 // 10)
         self.clerks = [Clerk(suite, People(seed + offset)) for offset in (30, 60)]
