@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 
 from kehu.lake.engine import connect, quoted, scan_events
@@ -155,7 +156,7 @@ class _Compaction:
             f") ORDER BY {_ORDER}"
         )
         file = ParquetFile(self.root, partition_path(EVENTS, bucket, self.base.buckets, month), SCHEMA)
-        self._write(file, _batches(connection, query, SCHEMA))
+        rising = self._write(file, _batches(connection, query, SCHEMA))
         low, high, recorded = _bounds(connection, bucket, month)
         self.added.append(
             DataFile(
@@ -168,17 +169,25 @@ class _Compaction:
                 min_time=min([low, *(f.min_time for f in old if f.min_time is not None)]),
                 max_time=max([high, *(f.max_time for f in old if f.max_time is not None)]),
                 max_recorded=max([recorded, *(f.max_recorded for f in old if f.max_recorded is not None)]),
+                rising=rising,
             )
         )
         self.removed += [f.path for f in old]
 
-    def _write(self, file: ParquetFile, batches: Iterator[pa.RecordBatch]) -> None:
+    def _write(self, file: ParquetFile, batches: Iterator[pa.RecordBatch]) -> bool:
+        """Write the rows, in row groups; whether `unit` never falls, but for rows without a customer at the end."""
+        rising, last = True, -1
         try:
             for table in row_groups(batches, self.target):
                 file.write(table)
+                unit = table["unit"].to_numpy()
+                unit = unit[: len(unit) - table["customer"].null_count]  # those come last
+                rising = rising and bool(np.all(np.diff(unit, prepend=last) >= 0))
+                last = int(unit[-1]) if len(unit) else last
         except BaseException:
             file.discard()
             raise
+        return rising
 
     def discard_unless_committed(self, log: Log) -> None:
         """Remove what this compaction wrote, when no commit names it."""

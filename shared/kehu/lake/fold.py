@@ -2,14 +2,15 @@
 
 Each bucket is a world of its own (a customer is in one bucket), its months follow each other in time, and within a file
 rows are sorted by customer: so the state of a bucket's customers is folded over its files, and nothing is sorted or
-joined. Customers with rows in the tail are counted once more, from their sorted rows and their tail rows together.
+joined. Customers with rows in the tail are counted apart, from their sorted rows and their tail rows together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,15 @@ from kehu.lake.engine import connect, scan_events
 from kehu.lake.format import MICROSECOND, bucket_sql, micros
 from kehu.lake.kernel import BLOCKS, GAP, START, TOOK, clear, fold_ordered
 from kehu.lake.log import Snapshot
-from kehu.lake.outcome import Scratch, Units
+from kehu.lake.outcome import Scratch, Tally, Units
 from kehu.lake.spec import FunnelSpec, matches_type
 from kehu.lake.sql import mask_sql, time_limits
 
 Ints = NDArray[np.int64]
+Codes = NDArray[np.int32]
+
+CUSTOMERS_AT_A_TIME = 4_096  # whose state fits into the processor's second cache
+MAX_HELD_ROWS = 30_000_000  # of a bucket in memory, 16 bytes each; a larger one is read row group by row group
 
 
 def is_plain(spec: FunnelSpec) -> bool:
@@ -57,7 +62,7 @@ def fold(
             scratch = spare.pop()
         except IndexError:
             scratch = Scratch()
-        units = [_Bucket(root, snapshot, spec, b, tail.get(b), scratch).count(horizon) for b in mine]
+        units = [u for b in mine for u in _Bucket(root, snapshot, spec, b, tail.get(b), horizon, scratch).count()]
         if len(spare) < threads:
             spare.append(scratch)
         return units
@@ -99,102 +104,153 @@ def _tail_rows(root: Path, snapshot: Snapshot, spec: FunnelSpec) -> dict[int, _T
     return found
 
 
+@dataclass(slots=True)
+class _Group:
+    """The columns of a row group: the customer's number, an index into `masks`, the time; and the steps of each code.
+
+    The last of `masks` is that of no step.
+    """
+
+    unit: Codes
+    code: Codes
+    time: Ints
+    masks: Ints
+    single: Ints = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.single = single_steps(self.masks)
+
+
 class _Bucket:
     def __init__(
-        self, root: Path, snapshot: Snapshot, spec: FunnelSpec, bucket: int, tail: _TailRows | None, scratch: Scratch
+        self,
+        root: Path,
+        snapshot: Snapshot,
+        spec: FunnelSpec,
+        bucket: int,
+        tail: _TailRows | None,
+        horizon: int,
+        scratch: Scratch,
     ) -> None:
         self.root = root
         self.spec = spec
         self.tail = tail
+        self.horizon = horizon
+        self.scratch = scratch
         self.steps = len(spec.steps)
+        self.window = spec.window // MICROSECOND
         self.shift = snapshot.buckets.bit_length() - 1
         self.files = sorted((f for f in snapshot.of("events") if f.bucket == bucket), key=lambda f: f.month or "")
         self.numbered = [f for f in snapshot.of("customers") if f.bucket == bucket]
         self.known = sum(f.rows for f in self.numbered)
-        self.scratch = scratch
 
-    def count(self, horizon: int) -> Units:
-        numbers, strangers = self._numbers()
-        touched = np.zeros(self.known + len(strangers), np.bool_)
-        if numbers is not None:
-            touched[numbers] = True
-        units = len(touched)
-        state: Ints = self.scratch.take("state", (units + 1) * BLOCKS * (self.steps + 1))
-        state = state.reshape(units + 1, BLOCKS, self.steps + 1)
-        clear(state, np.arange(len(state)))
-        again: list[tuple[Ints, Ints, Ints]] = []
-        for unit, code, time, masks in self._rows():
-            self._fold(unit, code, time, masks, state)
-            if numbers is not None:
-                index = unit >> self.shift
-                rows = np.flatnonzero((masks[code] != 0) & (unit >= 0) & touched[np.maximum(index, 0)])
-                again.append((index[rows].astype(np.int64), time[rows], masks[code[rows]]))
-        if numbers is not None and self.tail is not None:
-            again.append((numbers, self.tail.time, self.tail.mask))
-            self._count_again(again, touched, state)
-        return self._units(state, strangers, horizon)
+    def count(self) -> list[Units]:
+        """The customers of the sorted files, and apart from them those that have rows in the tail."""
+        groups: Iterable[_Group] = self._groups()
+        late = []
+        if self.tail is not None:
+            groups = list(groups)
+            late.append(self._count_late(groups, self.tail))
+        held = sum(f.rows for f in self.files) <= MAX_HELD_ROWS and all(f.rising for f in self.files)
+        return [self._count_held(list(groups)) if held else self._count_streamed(groups), *late]
 
-    def _numbers(self) -> tuple[Ints | None, list[str]]:
-        """The index of the customer of each tail row, and the customers that have no number yet."""
-        if self.tail is None:
-            return None, []
-        encoded = self.tail.customer.dictionary_encode()
-        known = pc.index_in(encoded.dictionary, value_set=self._customers()).to_numpy(zero_copy_only=False)
-        new = np.isnan(known.astype(np.float64))
-        index = np.where(new, self.known + np.cumsum(new) - 1, np.where(new, 0, known)).astype(np.int64)
-        strangers = encoded.dictionary.filter(pa.array(new)).to_pylist()
-        return index[encoded.indices.to_numpy()], strangers
+    def _count_held(self, groups: list[_Group]) -> Units:
+        """Some thousand customers at a time: their numbers rise in every file, so their rows are slices of it."""
+        tally = Tally(self.known, self.steps, self.horizon, self.window, self.scratch)
+        edges = np.append(np.arange(0, self.known, CUSTOMERS_AT_A_TIME), self.known)
+        cuts = [_cuts(group.unit, edges, self.shift) for group in groups]
+        for block, (first, end) in enumerate(pairwise(edges.tolist())):
+            state = self._state(end - first)
+            for group, cut in zip(groups, cuts, strict=True):
+                if cut[block] < cut[block + 1]:
+                    self._fold(group, slice(cut[block], cut[block + 1]), first, state)
+            self._add(tally, first, state)
+        return tally.units(self._known_names)
 
-    def _customers(self) -> pa.Array:
-        """The customers of the bucket in the order of their numbers."""
-        parts = [pq.read_table(self.root / f.path, columns=["customer"])["customer"] for f in self.numbered]
-        chunks = [chunk for part in parts for chunk in part.chunks]
-        return pa.chunked_array(chunks, pa.string()).combine_chunks()
+    def _count_streamed(self, groups: Iterable[_Group]) -> Units:
+        """All customers at a time and one row group after the other: less memory, and more of it to reach at random."""
+        tally = Tally(self.known, self.steps, self.horizon, self.window, self.scratch)
+        state = self._state(self.known)
+        for group in groups:
+            self._fold(group, slice(None), 0, state)
+        self._add(tally, 0, state)
+        return tally.units(self._known_names)
 
-    def _rows(self) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32], Ints, Ints]]:
-        """By row group: unit, code, time, and the steps (mask) of each code."""
+    def _count_late(self, groups: list[_Group], tail: _TailRows) -> Units:
+        """The customers of the tail, whose rows are taken out of the row groups."""
+        encoded = tail.customer.dictionary_encode()
+        customers = encoded.dictionary
+        number = pc.index_in(customers, value_set=self._customers()).fill_null(-1).to_numpy()
+        place = np.full(self.known, -1, np.int64)  # of each known customer among those of the tail
+        place[number[number >= 0]] = np.flatnonzero(number >= 0)
+        parts = [(encoded.indices.to_numpy().astype(np.int64), tail.time, tail.mask)]
+        for group in groups:
+            late = (
+                np.where(group.unit >= 0, place[group.unit >> self.shift], -1)
+                if self.known
+                else np.full(len(group.unit), -1)
+            )
+            rows = np.flatnonzero(late >= 0)
+            parts.append((late[rows], group.time[rows], group.masks[group.code[rows]]))
+            group.code = np.where(late >= 0, np.int32(len(group.masks) - 1), group.code)
+        unit, time, mask = (np.concatenate([part[i] for part in parts]) for i in range(3))
+        order = np.lexsort((time, unit))
+        masks, code = np.unique(mask[order], return_inverse=True)
+        state = self._state(len(customers))
+        group = _Group((unit[order] << self.shift).astype(np.int32), code.astype(np.int32), time[order], masks)
+        self._fold(group, slice(None), 0, state)
+        tally = Tally(len(customers), self.steps, self.horizon, self.window, self.scratch)
+        self._add(tally, 0, state)
+        return tally.units(lambda index: list(customers.take(pa.array(index)).to_pylist()))
+
+    def _groups(self) -> Iterator[_Group]:
+        """The row groups, in the order of time; rows beyond `as_of` and `until` are no steps."""
         until = None if self.spec.until is None else micros(self.spec.until)
         as_of = None if self.spec.as_of is None else micros(self.spec.as_of)
         for file in self.files:
             if until is not None and file.min_time is not None and file.min_time > until:
                 continue
-            check_until = until is not None and (file.max_time is None or file.max_time > until)
-            check_as_of = as_of is not None and (file.max_recorded is None or file.max_recorded > as_of)
-            columns = ["unit", "type", "time", *(["recordedtime"] if check_as_of else [])]
+            late = as_of is not None and (file.max_recorded is None or file.max_recorded > as_of)
+            columns = ["unit", "type", "time", *(["recordedtime"] if late else [])]
             with pq.ParquetFile(self.root / file.path, read_dictionary=["type"], memory_map=True) as parquet:
                 for number in range(parquet.num_row_groups):
-                    group = parquet.read_row_group(number, columns=columns, use_threads=False)
-                    kinds = _one_chunk(group["type"].unify_dictionaries())
-                    masks = self._masks(kinds.dictionary.to_pylist())
-                    code = kinds.indices.to_numpy()
-                    time = _integers(group["time"])
-                    if check_until or check_as_of:
-                        keep = np.ones(len(code), np.bool_)
-                        if until is not None and check_until:
-                            keep &= time <= until
-                        if as_of is not None and check_as_of:
-                            keep &= _integers(group["recordedtime"]) <= as_of
-                        code = np.where(keep, code, np.int32(len(masks) - 1))
-                    yield _one_chunk(group["unit"]).to_numpy(), code, time, masks
+                    table = parquet.read_row_group(number, columns=columns, use_threads=False)
+                    group = self._group(table)
+                    keep = np.ones(len(group.unit), np.bool_)
+                    if until is not None and (file.max_time is None or file.max_time > until):
+                        keep &= group.time <= until
+                    if as_of is not None and late:
+                        keep &= _integers(table["recordedtime"]) <= as_of
+                    if not keep.all():
+                        group.code = np.where(keep, group.code, np.int32(len(group.masks) - 1))
+                    yield group
 
-    def _masks(self, types: list[str]) -> Ints:
-        """The steps of each type, and of no event at all in the last place."""
-        masks = np.zeros(len(types) + 1, np.int64)
-        for code, actual in enumerate(types):
+    def _group(self, table: pa.Table) -> _Group:
+        types = _one_chunk(table["type"].unify_dictionaries())
+        masks = np.zeros(len(types.dictionary) + 1, np.int64)
+        for code, actual in enumerate(types.dictionary.to_pylist()):
             for k, step in enumerate(self.spec.steps):
                 if any(matches_type(declared, actual) for declared in step.types):
                     masks[code] |= 1 << k
-        return masks
+        return _Group(_one_chunk(table["unit"]).to_numpy(), types.indices.to_numpy(), _integers(table["time"]), masks)
 
-    def _fold(self, unit: NDArray[np.int32], code: NDArray[np.int32], time: Ints, masks: Ints, state: Ints) -> None:
+    def _state(self, customers: int) -> Ints:
+        state: Ints = self.scratch.take("state", customers * BLOCKS * (self.steps + 1))
+        state = state.reshape(customers, BLOCKS, self.steps + 1)
+        clear(state)
+        return state
+
+    def _fold(self, group: _Group, rows: slice, first: int, state: Ints) -> None:
+        unit = group.unit[rows]
         fold_ordered(
             unit,
-            code,
-            time,
-            _single(masks),
-            masks,
+            group.code[rows],
+            group.time[rows],
+            group.single,
+            group.masks,
             self.shift,
-            self.spec.window // MICROSECOND,
+            first,
+            self.window,
             self.steps,
             self.spec.entry == "first",
             self.spec.ties == "strictly_later",
@@ -202,37 +258,34 @@ class _Bucket:
             self.scratch.take("picked", len(unit) + 1, np.int32),
         )
 
-    def _count_again(self, parts: list[tuple[Ints, Ints, Ints]], touched: NDArray[np.bool_], state: Ints) -> None:
-        unit, time, mask = (np.concatenate([part[i] for part in parts]) for i in range(3))
-        order = np.lexsort((time, unit))
-        masks, code = np.unique(mask[order], return_inverse=True)
-        clear(state, np.flatnonzero(touched) + 1)
-        self._fold((unit[order] << self.shift).astype(np.int32), code.astype(np.int32), time[order], masks, state)
+    def _add(self, tally: Tally, first: int, state: Ints) -> None:
+        broken = np.zeros(len(state), np.bool_)  # nothing is excluded here
+        tally.add(first, state[:, TOOK, 1:], state[:, GAP, 1:], state[:, START, 1], broken)
 
-    def _units(self, state: Ints, strangers: list[str], horizon: int) -> Units:
-        def names(index: Ints) -> list[str]:
-            known = self._customers()
-            return [known[i].as_py() if i < self.known else strangers[i - self.known] for i in index.tolist()]
+    def _customers(self) -> pa.Array:
+        """The customers of the bucket in the order of their numbers."""
+        parts = [pq.read_table(self.root / f.path, columns=["customer"])["customer"] for f in self.numbered]
+        chunks = [chunk for part in parts for chunk in part.chunks]
+        return pa.chunked_array(chunks, pa.string()).combine_chunks()
 
-        units = state[1:]
-        return Units.of(
-            names,
-            units[:, TOOK, 1:],
-            units[:, GAP, 1:],
-            units[:, START, 1],
-            np.zeros(len(units), np.bool_),
-            horizon,
-            self.spec.window // MICROSECOND,
-            self.scratch,
-        )
+    def _known_names(self, index: Ints) -> list[str]:
+        return list(self._customers().take(pa.array(index)).to_pylist())
 
 
-def _single(masks: Ints) -> Ints:
+def single_steps(masks: Ints) -> Ints:
     """By code: 0 for no step, k for step k alone, -1 for several."""
     alone = (masks & (masks - 1)) == 0
     k = np.zeros(len(masks), np.int64)
     k[masks > 0] = np.log2(masks[masks > 0]).astype(np.int64) + 1
     return np.where(alone, k, -1)
+
+
+def _cuts(unit: Codes, edges: Ints, shift: int) -> list[int]:
+    """Where the rows of each block of customers begin and end; rows without a customer, at the end, are in none."""
+    if len(unit) and unit[-1] < 0:
+        unit = unit[: np.count_nonzero(unit >= 0)]
+    cuts: list[int] = np.searchsorted(unit, (edges[:-1] << shift).astype(np.int32)).tolist()
+    return [*cuts, len(unit)]
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:

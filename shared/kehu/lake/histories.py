@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kehu.lake.format import MICROSECOND
 from kehu.lake.kernel import ordered_histories, strict_histories, unordered_histories
-from kehu.lake.outcome import Scratch, Split, Units
+from kehu.lake.outcome import Scratch, Split, Tally, Units
 from kehu.lake.spec import FunnelSpec
 
 Ints = NDArray[np.int64]
@@ -65,16 +65,9 @@ def count(rows: pa.Table, spec: FunnelSpec, horizon: int) -> Units:
     else:
         unit_of = unit[bounds[:-1]]
     ids = names.take(pa.array(unit_of))
-    units = Units.of(
-        lambda index: list(ids.take(pa.array(index)).to_pylist()),
-        result.took,
-        result.gap,
-        result.open_start,
-        result.broken,
-        horizon,
-        spec.window // MICROSECOND,
-        Scratch(),
-    )
+    tally = Tally(len(unit_of), len(spec.steps), horizon, spec.window // MICROSECOND, Scratch())
+    tally.add(0, result.took, result.gap, result.open_start, result.broken)
+    units = tally.units(lambda index: list(ids.take(pa.array(index)).to_pylist()))
     if spec.breakdown is None:
         return units
     split = _split(spec, result.path, units.level, rows["b"].take(pa.array(order)))

@@ -30,20 +30,20 @@ UNSET = -(1 << 62)  # no start; far enough from every time that t - UNSET is bey
 MAX_WINDOW = 1 << 60
 
 NONE, CONVERTED, PENDING, DROPPED, EXCLUDED = 0, 1, 2, 3, 4  # what became of a unit
-REACHED, WENT_ON, WAITING, KINDS = 0, 1, 5, 6  # what is counted beside PENDING, DROPPED and EXCLUDED
+REACHED, WENT_ON, WAITING, KINDS = 5, 6, 7, 8  # what is counted by step beside these
 
 # The four blocks of a unit's row in the state of fold_ordered, each with a slot for "no step" and one a step.
 START, TOOK, SINCE, GAP, BLOCKS = 0, 1, 2, 3, 4
 
 
 @compiled
-def clear(state: Ints, rows: Ints) -> None:
-    """Make rows of the state those of units without events. SINCE and GAP are read only where the others are set."""
-    for r in range(len(rows)):
+def clear(state: Ints) -> None:
+    """Make the state that of units without events. SINCE and GAP are read only where the other two are set."""
+    for row in range(len(state)):
         for slot in range(state.shape[2]):
-            state[rows[r], START, slot] = UNSET
+            state[row, START, slot] = UNSET
         for slot in range(state.shape[2]):
-            state[rows[r], TOOK, slot] = -1
+            state[row, TOOK, slot] = -1
 
 
 @compiled
@@ -54,6 +54,7 @@ def fold_ordered(
     single: Ints,
     masks: Ints,
     shift: int,
+    first: int,
     window: int,
     steps: int,
     first_only: bool,
@@ -64,7 +65,7 @@ def fold_ordered(
     """Advance the state of an ordered funnel by rows sorted by (unit, time).
 
     Args:
-        unit: of each row; `unit >> shift` is its row in `state`, minus one (row 0 takes events without a unit).
+        unit: of each row; `(unit >> shift) - first` is its row in `state`. Rows with a negative unit are passed over.
         code: of each row, an index into `single` and `masks`.
         time: of each row, microseconds.
         single: by code: 0 no step, k the one step, -1 several.
@@ -94,7 +95,7 @@ def fold_ordered(
         u = unit[i]
         t = time[i]
         c = uintp(code[i])
-        base = uintp((u >> shift) + 1) * width
+        base = uintp((u >> shift) - first) * width
         k = single[c]
         if k < 0 or (time[n] == t and unit[n] == u and n != i):
             mask = masks[c]
@@ -106,12 +107,12 @@ def fold_ordered(
             continue
         at = base + uintp(k)
         previous = at - uintp(1)
+        # Choices, not branches: which step comes next is what a processor cannot foretell.
         start = state[at]
-        came = state[previous]
-        since = state[previous + block + block]
-        if k == 1:
-            came = start if first_only and start != UNSET else t
-            since = came
+        begins = k == 1 and not (first_only and start != UNSET)
+        came = start if k == 1 else state[previous]
+        came = t if begins else came
+        since = came if k == 1 else state[previous + block + block]
         ok = t - came <= window
         state[at] = came if ok else start
         if ok and state[at + block] < 0:
@@ -523,27 +524,20 @@ def tally(
         counts, took_values, gap_values: results as in `summarise`.
     """
     for h in range(len(took)):
-        furthest = 0
         bits = 0
-        for k in range(1, steps + 1):
-            if took[h, k - 1] >= 0:
-                furthest = k
-                bits |= 1 << (k - 1)
-        ending = NONE
-        if furthest == steps:
-            ending = CONVERTED
-        elif furthest > 0:
-            if broken[h]:
-                ending = EXCLUDED
-            elif open_start[h] != UNSET and horizon - open_start[h] <= window:
-                ending = PENDING
-            else:
-                ending = DROPPED
+        furthest = 0
+        for k in range(steps):
+            here = took[h, k] >= 0
+            bits |= int(here) << k
+            furthest = k + 1 if here else furthest
+        ending = PENDING if horizon - open_start[h] <= window else DROPPED  # never pending without a start: see UNSET
+        ending = EXCLUDED if broken[h] else ending
+        ending = CONVERTED if furthest == steps else ending
+        ending = NONE if furthest == 0 else ending
         level[h] = furthest
         outcome[h] = ending
         reached[h] = bits
-        if furthest > 0:
-            _add(took, gap, h, furthest, ending, steps, counts, took_values, gap_values)
+        _add(took, gap, h, furthest, ending, steps, counts, took_values, gap_values)
 
 
 @compiled
@@ -560,14 +554,13 @@ def summarise(
     """The counts of units whose ends are known.
 
     Args:
-        counts: by kind of count and step, zeros to begin with: REACHED, WENT_ON, and PENDING, DROPPED and EXCLUDED at
-            the step, WAITING (pending and not there yet).
-        took_values, gap_values: by step, the times of the units that reached it, from the front. Not of step 1: they
-            are all zero.
+        counts: by kind and step, zeros to begin with: units by what became of them and their furthest step, and those
+            that REACHED the step, WENT_ON from it (or reached the goal), and are WAITING (pending, not there yet).
+        took_values, gap_values: by step, the times of the units that reached it, from the front; with room for one more
+            than there are units. Not of step 1: they are all zero.
     """
     for h in range(len(took)):
-        if level[h] > 0:
-            _add(took, gap, h, level[h], outcome[h], steps, counts, took_values, gap_values)
+        _add(took, gap, h, level[h], outcome[h], steps, counts, took_values, gap_values)
 
 
 @compiled
@@ -582,19 +575,17 @@ def _add(
     took_values: Ints,
     gap_values: Ints,
 ) -> None:
-    if outcome == EXCLUDED:
-        counts[EXCLUDED, level - 1] += 1
-        return
-    if outcome != CONVERTED:
-        counts[outcome, level - 1] += 1
+    """Add one unit; without branches, since what becomes of a unit cannot be foretold either."""
+    counts[outcome, max(level, 1) - 1] += 1
+    kept = int(outcome != EXCLUDED)
+    waits = int(outcome == PENDING)
+    done = int(level == steps)
     for k in range(steps):
-        if took[h, k] >= 0:
-            reached = counts[REACHED, k]
-            counts[REACHED, k] = reached + 1
-            if k > 0:
-                took_values[k, reached] = took[h, k]
-                gap_values[k, reached] = gap[h, k]
-            if level > k + 1 or level == steps:
-                counts[WENT_ON, k] += 1
-        elif outcome == PENDING:
-            counts[WAITING, k] += 1
+        here = int(took[h, k] >= 0)
+        reached = counts[REACHED, k]
+        if k > 0:  # written at the end of the values in any case, and kept when the count moves on
+            took_values[k, reached] = took[h, k]
+            gap_values[k, reached] = gap[h, k]
+        counts[REACHED, k] = reached + (here & kept)
+        counts[WENT_ON, k] += here & kept & (int(level > k + 1) | done)
+        counts[WAITING, k] += waits & (1 - here)

@@ -39,7 +39,12 @@ Place = tuple[str, int]  # topic, partition
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A data file of the lake, as its commit described it. Times are microseconds since 1970 UTC."""
+    """A data file of the lake, as its commit described it. Times are microseconds since 1970 UTC.
+
+    Attributes:
+        ranges: [topic, partition, first offset, next offset] that came in with a file of the tail.
+        rising: `unit` never falls from row to row of a sorted file, up to those without a customer at its end.
+    """
 
     path: str
     level: Level
@@ -50,8 +55,8 @@ class DataFile:
     min_time: int | None = None
     max_time: int | None = None
     max_recorded: int | None = None
-    # [topic, partition, first offset, next offset]: what came in with this file
     ranges: tuple[tuple[str, int, int, int], ...] = ()
+    rising: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +337,9 @@ def _places(rows: Iterable[list[Any]]) -> dict[Place, int]:
 
 
 def _file_json(file: DataFile) -> dict[str, Any]:
-    return {name: value for name, value in asdict(file).items() if value is not None and value != ()}
+    return {
+        name: value for name, value in asdict(file).items() if value is not None and value is not False and value != ()
+    }
 
 
 def _file(content: dict[str, Any]) -> DataFile:

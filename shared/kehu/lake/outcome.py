@@ -73,25 +73,6 @@ class Units:
     split: Split | None = None
     times: tuple[Ints, Ints] | None = None
 
-    @classmethod
-    def of(
-        cls,
-        names: Names,
-        took: Ints,
-        gap: Ints,
-        open_start: Ints,
-        broken: NDArray[np.bool_],
-        horizon: int,
-        window: int,
-        scratch: Scratch,
-    ) -> Units:
-        """From what the kernels left, which may be used for other units afterwards. Times are microseconds."""
-        units, steps = took.shape
-        level, outcome, reached = np.empty(units, np.int8), np.empty(units, np.int8), np.empty(units, np.int32)
-        room = _room(units, steps, scratch)
-        tally(took, gap, open_start, broken, horizon, window, steps, level, outcome, reached, *room)
-        return cls(names, level, outcome, reached, _filled(*room))
-
     def with_value(self, value: str | None) -> Counts:
         """The counts of the units with one value of the breakdown."""
         assert self.split is not None
@@ -104,8 +85,35 @@ class Units:
         return _filled(*room)
 
 
+class Tally:
+    """Gathers the units of one part, block by block, into `Units`.
+
+    Args:
+        units, steps: how many.
+        horizon: microseconds since 1970 UTC at which windows are open or closed.
+        window: microseconds.
+        scratch: for memory that is free again after `units`.
+    """
+
+    def __init__(self, units: int, steps: int, horizon: int, window: int, scratch: Scratch) -> None:
+        self._limits = horizon, window, steps
+        self._level, self._outcome = np.zeros(units, np.int8), np.zeros(units, np.int8)
+        self._reached = np.zeros(units, np.int32)
+        self._room = _room(units, steps, scratch)
+
+    def add(self, first: int, took: Ints, gap: Ints, open_start: Ints, broken: NDArray[np.bool_]) -> None:
+        """Add what the kernels left of the units from index `first` on; it may be overwritten afterwards."""
+        block = slice(first, first + len(took))
+        ends = self._level[block], self._outcome[block], self._reached[block]
+        tally(took, gap, open_start, broken, *self._limits, *ends, *self._room)
+
+    def units(self, names: Names) -> Units:
+        """All that was added."""
+        return Units(names, self._level, self._outcome, self._reached, _filled(*self._room))
+
+
 def _room(units: int, steps: int, scratch: Scratch) -> tuple[Ints, Ints, Ints]:
-    took, gap = (scratch.take(name, steps * units).reshape(steps, units) for name in ("took", "gap"))
+    took, gap = (scratch.take(name, steps * (units + 1)).reshape(steps, units + 1) for name in ("took", "gap"))
     return np.zeros((KINDS, steps), np.int64), took, gap
 
 

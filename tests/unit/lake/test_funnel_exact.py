@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kehu.lake import Exclusion, FunnelSpec, Step
-from kehu.lake.fold import _single
+from kehu.lake.fold import single_steps
 from kehu.lake.histories import count
 from kehu.lake.kernel import (
     BLOCKS,
@@ -25,9 +25,8 @@ from kehu.lake.kernel import (
     GAP,
     NONE,
     PENDING,
-    START,
     TOOK,
-    UNSET,
+    clear,
     fold_ordered,
 )
 from kehu.lake.sql import funnel_sql
@@ -341,9 +340,8 @@ def folded(units: list[list[tuple[int, str]]], spec: FunnelSpec) -> list[tuple[i
     """The plain kernel, with the rows cut into two files at a point in time as months are."""
     steps = len(spec.steps)
     masks = np.array([sum(1 << k for k, s in enumerate(spec.steps) if kind in s.types) for kind in KINDS], np.int64)
-    state = np.empty((len(units) + 1, BLOCKS, steps + 1), np.int64)
-    state[:, 1:] = -1
-    state[:, START] = UNSET
+    state = np.empty((len(units), BLOCKS, steps + 1), np.int64)
+    clear(state)
     for low, high in ((0, 6), (6, 99)):
         rows = sorted(
             (unit, time, sequence, KINDS.index(kind))
@@ -355,12 +353,12 @@ def folded(units: list[list[tuple[int, str]]], spec: FunnelSpec) -> list[tuple[i
             (np.array(c, np.int64) for c in zip(*rows, strict=True)) if rows else [np.empty(0, np.int64)] * 4
         )
         fold_ordered(
-            unit.astype(np.int32), code.astype(np.int32), time, _single(masks), masks, 0,
+            unit.astype(np.int32), code.astype(np.int32), time, single_steps(masks), masks, 0, 0,
             spec.window // timedelta(microseconds=1), steps, spec.entry == "first", spec.ties == "strictly_later",
             state.reshape(-1), np.empty(len(unit) + 1, np.int32),
         )  # fmt: skip
     verdicts = []
-    for took, gap in zip(state[1:, TOOK, 1:], state[1:, GAP, 1:], strict=True):
+    for took, gap in zip(state[:, TOOK, 1:], state[:, GAP, 1:], strict=True):
         reached = [k for k in range(1, steps + 1) if took[k - 1] >= 0]
         times, gaps = ({k: int(values[k - 1]) for k in reached} for values in (took, gap))
         verdicts.append((len(reached), times, gaps))

@@ -27,6 +27,7 @@ from kehu.lake import (
     Step,
     compact,
     evaluate,
+    fold,
     vacuum,
 )
 from kehu.lake.funnel import FunnelResult
@@ -240,6 +241,44 @@ def test_a_plain_funnel_over_files_is_exact(
 
 
 @pytest.mark.req("AN-01")
+@pytest.mark.parametrize("at_a_time", [1, 3, 4_096])
+@pytest.mark.parametrize("held", [0, 10**9])
+def test_a_plain_funnel_in_blocks_and_in_streams(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_a_time: int, held: int
+) -> None:
+    """A few customers at a time where their numbers rise, all of them where they do not or the bucket is too large."""
+    monkeypatch.setattr(fold, "CUSTOMERS_AT_A_TIME", at_a_time)
+    monkeypatch.setattr(fold, "MAX_HELD_ROWS", held)
+    writer = LakeWriter(tmp_path, buckets=2)
+    random = np.random.default_rng(3)
+    rising = []
+    for turn, names in enumerate(("mnop", "mnopqr", "abmnz", "abcmz")):
+        values = [
+            envelope(
+                n,
+                KINDS[random.integers(0, 4)],
+                None if n % 11 == 0 else f"{names[random.integers(0, len(names))]}{random.integers(0, 5)}",
+                int(random.integers(0, 1_500)) * HOUR,
+            )
+            for n in range(turn * 60, turn * 60 + 60)
+        ]
+        writer.append(records(values, first=turn * 60))
+        lake = Lake(tmp_path)
+        rising.append(all(file.rising for file in lake.snapshot().of("events")))
+        for more in ({}, {"as_of": BEGIN + 900 * HOUR}, {"until": BEGIN + 700 * HOUR}):
+            spec = FunnelSpec(steps=STEPS, window=timedelta(days=30), **more)
+            got, wanted = lake.funnel(spec), evaluate(lake.events(), spec)
+            assert got.rows() == wanted.rows()
+            assert got.units("reached", 1) == wanted.units("reached", 1)
+            assert got.units("dropped", 2) == wanted.units("dropped", 2)
+        if turn < 3:
+            compact(tmp_path)
+    assert rising == [True, True, True, False], (
+        "customers that come later have greater numbers, and sort where they sort"
+    )
+
+
+@pytest.mark.req("AN-01")
 def test_pending_is_not_dropped(tmp_path: Path) -> None:
     writer = LakeWriter(tmp_path, buckets=1)
     writer.append(
@@ -382,10 +421,10 @@ def test_kernels_compile_where_nothing_beside_them_can_be_written(tmp_path: Path
     code = (
         "from kehu.lake import jit\n"
         "import numba\n"
-        "from kehu.lake.kernel import _source, clear\n"
+        "from kehu.lake.kernel import clear\n"
         "import numpy as np\n"
         "state = np.zeros((2, 4, 3), np.int64)\n"
-        "clear(state, np.array([1]))\n"
+        "clear(state)\n"
         "print(state[1, 1].tolist(), bool(clear.stats.cache_path), clear.stats.cache_path)\n"
     )
     # Only the locator of NUMBA_CACHE_DIR is left, which has nothing until we name a directory.
