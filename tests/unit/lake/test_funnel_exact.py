@@ -129,7 +129,7 @@ def facts(verdicts: list[Verdict]) -> list[tuple[object, ...]]:
     histories,
     st.integers(0, 20),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @pytest.mark.req("AN-01")
 def test_ordered_and_strict_are_exact(
     steps: list[frozenset[str]],
@@ -156,7 +156,7 @@ def test_ordered_and_strict_are_exact(
     histories,
     st.integers(0, 20),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @pytest.mark.req("AN-01")
 def test_exclusions_are_exact(
     steps: list[frozenset[str]],
@@ -179,7 +179,7 @@ def test_exclusions_are_exact(
 
 
 @given(steps_of_kind, st.integers(0, 10), st.sampled_from(["any", "first"]), histories, st.integers(0, 20))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @pytest.mark.req("AN-01")
 def test_unordered_is_exact(
     steps: list[frozenset[str]], window: int, entry: str, units: list[list[tuple[int, str]]], horizon: int
@@ -190,7 +190,7 @@ def test_unordered_is_exact(
 
 
 @given(steps_of_kind, st.integers(0, 10), histories, st.data(), st.integers(0, 20))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_hold_takes_the_value_that_got_furthest(
     steps: list[frozenset[str]], window: int, units: list[list[tuple[int, str]]], data: st.DataObject, horizon: int
 ) -> None:
@@ -226,7 +226,7 @@ def test_hold_takes_the_value_that_got_furthest(
     st.sampled_from(["first", "last", "all", "step:1", "step:2", "step:3"]),
     histories,
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @pytest.mark.req("AN-01")
 def test_the_breakdown_is_that_of_the_chain_that_counts(
     steps: list[frozenset[str]],
@@ -383,7 +383,7 @@ def queried(units: list[list[tuple[int, str]]], spec: FunnelSpec) -> list[int]:
     st.sampled_from(["step_order", "strictly_later"]),
     histories,
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @pytest.mark.req("AN-01")
 @pytest.mark.req("AN-09")
 def test_the_plain_kernel_and_sql_are_exact(
