@@ -96,20 +96,25 @@ class Report:
         return "\n".join(lines)
 
 
-def judge(suite: Suite, acknowledged: Acknowledged | None = None) -> Report:
+def judge(
+    suite: Suite, acknowledged: Acknowledged | None = None, scores_since: Mapping[str, int] | None = None
+) -> Report:
     """Judge all that can be judged of this suite. It must be at rest (`Suite.settle`).
 
     Args:
         acknowledged: what clients were told; None when nobody kept it.
+        scores_since: fold only the scores of customers who have events beyond these positions, by service; None folds all.
     """
     evidence = Evidence.of(suite)
-    checks = invariants(suite, evidence, acknowledged or Acknowledged())
+    checks = invariants(suite, evidence, acknowledged or Acknowledged(), scores_since or {})
     violations = {name: list(islice(check(), MOST_TOLD)) for name, check in checks.items()}
     repeats = {topic_of(s): len(records) - len(evidence.log[s]) for s, records in evidence.topic.items()}
     return Report(violations, repeats, Counter(event.type for event in evidence.events))
 
 
-def invariants(suite: Suite, evidence: Evidence, acknowledged: Acknowledged) -> dict[str, Callable[[], Iterator[str]]]:
+def invariants(
+    suite: Suite, evidence: Evidence, acknowledged: Acknowledged, scores_since: Mapping[str, int]
+) -> dict[str, Callable[[], Iterator[str]]]:
     """What must hold, by name: each yields its violations when it is called."""
     checks: dict[str, Callable[[], Iterator[str]]] = {
         "I1 stored once": lambda: stored_once(evidence, acknowledged),
@@ -118,7 +123,15 @@ def invariants(suite: Suite, evidence: Evidence, acknowledged: Acknowledged) -> 
         "nothing is parked": lambda: nothing_parked(suite),
     }
     if "scoring" in suite.names:
-        intake, scoring = evidence.recorded["lead-intake"], evidence.recorded["scoring"]
+        touched = {
+            event.customer_id
+            for service, events in evidence.recorded.items()
+            for event in events
+            if event.position > scores_since.get(service, 0)
+        } | {None}  # models are nobody's
+        intake, scoring = (
+            [event for event in evidence.recorded[service] if event.customer_id in touched] for service in PRODUCERS
+        )
         checks |= {
             "I4 scores": lambda: judge_scores(suite, intake, scoring),
             "I4 list of scores": lambda: score_list(suite, evidence),
@@ -212,34 +225,36 @@ def published(evidence: Evidence) -> Iterator[str]:
 
 def leads_and_customers(suite: Suite, evidence: Evidence) -> Iterator[str]:
     """The list of leads, and what captures look up, are folds of the log."""
-    leads: dict[str, tuple[Any, ...]] = {}
-    customers: dict[str, list[Any]] = {}
+    leads: dict[str, dict[str, Any]] = {}
+    customers: dict[str, dict[str, Any]] = {}
     for event in evidence.recorded["lead-intake"]:
         data = event.data
+        customer, lead = customers.get(data.get("customer_id", "")), leads.get(data.get("lead_id", ""))
         match event.type:
             case "customer.registered.v1":
-                customers[data["customer_id"]] = [data["number"], None]
-            case "lead.captured.v1":
-                leads[data["lead_id"]] = (data["customer_id"], "open", None, data["rating"], data["channel"], 1)
-                if customers[data["customer_id"]][1] is None:
-                    customers[data["customer_id"]][1] = data["lead_id"]
-            case "lead.merged.v1":
-                customer, _, _, rating, channel, _ = leads[data["lead_id"]]
-                survivor = data["survivor_lead_id"]
-                leads[data["lead_id"]] = (customer, "merged", survivor, rating, channel, event.version)
-            case "lead.rejected.v1" | "lead.details_updated.v1":
-                customer, status, survivor, rating, channel, _ = leads[data["lead_id"]]
-                if event.type == "lead.rejected.v1":
-                    status, customers[customer][1] = "rejected", None
-                leads[data["lead_id"]] = (customer, status, survivor, rating, channel, event.version)
+                customers[data["customer_id"]] = {"number": data["number"], "open_lead": None}
+            case "lead.captured.v1" if customer is not None:
+                same = ("customer_id", "rating", "channel")
+                leads[data["lead_id"]] = {"status": "open", "survivor": None, **{name: data[name] for name in same}}
+                leads[data["lead_id"]]["version"] = event.version
+                customer["open_lead"] = customer["open_lead"] or data["lead_id"]
+            case "lead.merged.v1" if lead is not None:
+                lead |= {"status": "merged", "survivor": data["survivor_lead_id"], "version": event.version}
+            case "lead.rejected.v1" if lead is not None and customer is not None:
+                lead |= {"status": "rejected", "version": event.version}
+                customer["open_lead"] = None
+            case "lead.details_updated.v1" if lead is not None:
+                lead["version"] = event.version
+    columns = ("customer_id", "status", "survivor", "rating", "channel", "version")
     listed = suite.rows(
         "lead-intake",
         "SELECT lead_id::text, customer_id, status, survivor::text, rating, channel, version FROM leads_v1",
     )
-    yield from differences("leads_v1", leads, {lead: tuple(rest) for lead, *rest in listed})
+    found = {lead_id: dict(zip(columns, rest, strict=True)) for lead_id, *rest in listed}
+    yield from differences("leads_v1", leads, found)
     known = suite.rows("lead-intake", "SELECT customer_id, number, open_lead::text FROM customers")
-    expected = {customer: tuple(values) for customer, values in customers.items()}
-    yield from differences("customers", expected, {customer: tuple(rest) for customer, *rest in known})
+    found = {customer_id: {"number": number, "open_lead": lead_id} for customer_id, number, lead_id in known}
+    yield from differences("customers", customers, found)
 
 
 def score_list(suite: Suite, evidence: Evidence) -> Iterator[str]:

@@ -135,6 +135,11 @@ class Suite:
         )
         return [LogRow(*row) for row in rows]
 
+    def positions(self) -> dict[str, int]:
+        """The highest position in each log."""
+        question: LiteralString = "SELECT coalesce(max(notification_id), 0) FROM stored_events"
+        return {service: int(self.value(service, question)) for service in PRODUCERS if service in self.names}
+
     def records(self, service: str) -> list[Any]:
         """Everything on a service's topic, each partition in its order."""
         return self._ask(lambda: read_topic(self.stack.address.kafka_bootstrap, topic_of(service), DEADLINE))
